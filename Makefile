@@ -1,0 +1,38 @@
+# What a user runs: `make demo`, `make test`, `make serve`. Everything they need, `make setup` installs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONPATH :=
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo serve test soak bench lint clean
+
+setup: $(VENV)/installed
+
+# torch first and by itself, so that nothing pulls another build of it.
+$(VENV)/installed: requirements.lock pyproject.toml build_scripts/setup.sh
+	PYTHON="$(PYTHON)" bash build_scripts/setup.sh $(VENV)
+
+demo: setup
+	$(BIN)/python build_scripts/make_demo.py --out var/demo
+	$(BIN)/python build_scripts/run_demo.py
+
+serve: setup
+	$(BIN)/python build_scripts/make_demo.py --out var/demo
+	$(BIN)/openlora serve --model var/demo/model --adapters var/demo/adapters
+
+test: setup
+	$(BIN)/python build_scripts/make_demo.py --out var/demo
+	$(BIN)/python build_scripts/get_perf_analyzer.py --out var/tools
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: setup
+	$(BIN)/python build_scripts/make_demo.py --out var/demo
+	$(BIN)/python -m pytest -m soak -s
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) var

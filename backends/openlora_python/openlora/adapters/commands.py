@@ -1,0 +1,170 @@
+"""`openlora adapters …`: the catalog from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+from ..config import EngineSettings
+from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, OpenLoRAError, Unavailable
+from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
+from .ingest import ingest
+from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Copied, Event, IngestJob, IngestResult
+from .manifest import model_manifest
+
+HASH_CACHE_FILE = "digests.json"  # below the state directory
+StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the server keeps its state.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
+
+adapters_app = typer.Typer(help="The adapters that this node knows.", no_args_is_help=True)
+
+
+@adapters_app.command()
+def add(
+    path: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")],
+    name: Annotated[str | None, typer.Option(help="Its name; default: the folder's.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Base model; default: the one served from this state.")] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Copy an adapter into the node, check it against the base model, and make it available under its name."""
+    with _reported():
+        source = path.resolve()
+        job = IngestJob(source.name if name is None else name, str(source))
+        with _progress_bar() as follow:
+            (result,) = ingest(state_dir, _base(state_dir, model), [job], follow)
+        if as_json:
+            typer.echo(msgspec.json.encode(result))
+        if result.status == "quarantined":
+            raise AdapterInvalid(result.reason, field=f"adapter {result.name}")
+        if result.status == "failed":
+            raise Unavailable(f"adapter {result.name}: {result.reason}")
+        if not as_json:
+            typer.echo(f"{result.name} version {result.version}: {result.change} ({result.digest[:16]}…)")
+
+
+@adapters_app.command("list")
+def list_adapters(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
+    """All versions that aren't removed."""
+    with _reported(), _reader(state_dir) as reader:
+        records = reader.records()
+        if as_json:
+            typer.echo(json.dumps([_as_tree(record, state_dir) for record in records]))
+            return
+        table = Table("name", "version", "rank", "modules", "digest", "status", box=None)
+        for record in records:
+            status = record.status if record.status == "ready" else f"{record.status}: {record.reason}"
+            rank = str(record.rank or "")
+            digest = record.digest[:16]
+            table.add_row(record.name, str(record.version), rank, ", ".join(record.target_modules), digest, status)
+        Console().print(table if records else "no adapters")
+
+
+@adapters_app.command()
+def show(
+    name: Annotated[str, typer.Argument()],
+    version: Annotated[str | None, typer.Option(help="Number or first digits of the digest; default: newest.")] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """One adapter, quarantined ones included."""
+    with _reported(), _reader(state_dir) as reader:
+        tree = _as_tree(reader.find(name, version), state_dir)
+        if as_json:
+            typer.echo(json.dumps(tree))
+            return
+        for key, value in tree.items():
+            typer.echo(f"{key:>15}  {json.dumps(value) if isinstance(value, dict | list) else value}")
+
+
+@adapters_app.command()
+def remove(
+    name: Annotated[str, typer.Argument()],
+    version: Annotated[int | None, typer.Option(help="Only this version.")] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Take an adapter, or one version, out of the catalog. Requests that run with it go on."""
+    with _reported():
+        path = state_dir / CATALOG_FILE
+        if not path.is_file():
+            raise AdapterNotFound(f"no adapter {name!r}")
+        with Catalog(path) as catalog:
+            gone = catalog.remove(name, version)
+        if as_json:
+            typer.echo(json.dumps([{"name": record.name, "version": record.version} for record in gone]))
+            return
+        for record in gone:
+            back = f"; the next start of the server brings it back from {record.source}" if record.origin else ""
+            typer.echo(f"{record.name} version {record.version}: removed{back}")
+
+
+def _base(state_dir: Path, model: Path | None) -> BaseFacts:
+    """The base model of this state directory; `model` names it for one that no server has used yet."""
+    with Catalog(state_dir / CATALOG_FILE) as catalog:
+        known = catalog.base()
+        if model is None:
+            if known is None:
+                raise InvalidArgument("no server has run with this state directory: give --model DIR", field="model")
+            return known
+        digest = model_manifest(model, state_dir / HASH_CACHE_FILE).digest
+        if known is None:
+            known = BaseFacts(str(model.resolve()), digest, EngineSettings().max_rank)
+            catalog.set_base(known)
+        elif known.digest != digest:
+            raise InvalidArgument(
+                f"{model} is {digest[:16]}…, this state directory serves {known.digest[:16]}… ({known.path})",
+                field="model",
+            )
+        return known
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """An error of ours becomes one line on stderr and its exit code."""
+    try:
+        yield
+    except OpenLoRAError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(error.exit_code) from error
+
+
+@contextmanager
+def _reader(state_dir: Path) -> Iterator[CatalogReader]:
+    reader = CatalogReader(state_dir / CATALOG_FILE)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Event], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("checking the base model", total=None)
+
+        def follow(event: Event) -> None:
+            if isinstance(event, Copied):
+                bar.update(task, description=f"copying {event.name}", completed=event.done, total=event.total)
+            elif isinstance(event, IngestResult):
+                bar.update(task, description=f"{event.name}: {event.status}")
+
+        yield follow
+
+
+def _as_tree(record: AdapterRecord, state_dir: Path) -> dict[str, Any]:
+    tree = asdict(record)
+    del tree["source_state"]
+    cached = bool(record.digest) and record.status == "ready"
+    return {**tree, "path": str(state_dir / CACHE_DIRECTORY / record.digest) if cached else None}

@@ -1,0 +1,146 @@
+"""Bringing adapters in, as CLI and launcher call it; `ingest_worker`, a process of its own, does the work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from ..errors import Internal, InvalidArgument, from_message
+from .catalog import BaseFacts, Catalog, check_name
+from .ingest_worker import (
+    CACHE_DIRECTORY,
+    CATALOG_FILE,
+    Copied,
+    Event,
+    Fatal,
+    IngestJob,
+    IngestRequest,
+    IngestResult,
+    Started,
+)
+from .store import AdapterStore
+
+STDERR_TAIL = 2000
+Progress = Callable[[Event], None]
+
+
+def ingest(
+    state_dir: Path, base: BaseFacts, jobs: Sequence[IngestJob], progress: Progress | None = None
+) -> list[IngestResult]:
+    """Bring adapters into the cache and the catalog of `state_dir`.
+
+    Args:
+        base: what they are checked against.
+        progress: is told of every start, piece and result.
+
+    Returns:
+        One result a job, in order. A bad adapter is `quarantined` and the others go on; one that took the process down
+        is `failed`.
+
+    Raises:
+        InvalidArgument: for a name that no adapter can have.
+        UnsupportedModel, Internal: when nothing can be checked against this base model.
+    """
+    for job in jobs:
+        check_name(job.name)
+    results: list[IngestResult] = []
+    while left := tuple(jobs[len(results) :]):
+        worker = _Worker(IngestRequest(str(state_dir.resolve()), base, left), progress)
+        worker.run()
+        results += worker.results
+        if len(results) < len(jobs):
+            lost = IngestResult(jobs[len(results)].name, "failed", reason=worker.last_words)
+            results.append(lost)
+            if progress is not None:
+                progress(lost)
+    return results
+
+
+def sync_directory(
+    directory: Path | None, state_dir: Path, base: BaseFacts, progress: Progress | None = None
+) -> list[IngestResult]:
+    """Make the catalog follow an --adapters directory, and tell it which base model the server runs.
+
+    Every sub-directory is an adapter of its name; names with a leading dot are skipped. An adapter that came from this
+    directory and has gone is marked removed; those added by hand stay.
+
+    Raises:
+        InvalidArgument: `directory` is none.
+    """
+    with Catalog(state_dir / CATALOG_FILE) as catalog:
+        catalog.set_base(base)
+    AdapterStore(state_dir / CACHE_DIRECTORY)
+    if directory is None:
+        return []
+    if not directory.is_dir():
+        raise InvalidArgument(f"{directory} is not a directory", field="adapters")
+    origin = directory.resolve()
+    folders = sorted(entry for entry in origin.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    jobs: list[IngestJob] = []
+    results: list[IngestResult] = []
+    for folder in folders:
+        try:
+            check_name(folder.name)
+        except InvalidArgument as error:
+            results.append(IngestResult(folder.name, "failed", reason=error.message))
+        else:
+            jobs.append(IngestJob(folder.name, str(folder), str(origin)))
+    results += ingest(state_dir, base, jobs, progress)
+    present = {folder.name for folder in folders}
+    with Catalog(state_dir / CATALOG_FILE) as catalog:
+        for record in catalog.from_origin(str(origin)):
+            if record.name not in present:
+                catalog.remove(record.name, record.version)
+                results.append(IngestResult(record.name, "removed", record.version, record.digest))
+    return results
+
+
+class _Worker:
+    """One life of the ingest process."""
+
+    def __init__(self, request: IngestRequest, progress: Progress | None) -> None:
+        self._request = request
+        self._progress = progress
+        self._started = False
+        self.results: list[IngestResult] = []
+        self.last_words = ""
+
+    def run(self) -> None:
+        """Until it ends; `last_words` says how, for the job that has no result."""
+        with (
+            tempfile.TemporaryFile() as complaints,
+            tempfile.TemporaryFile() as request,
+        ):
+            request.write(msgspec.json.encode(self._request))
+            request.seek(0)
+            command = [sys.executable, "-m", "openlora.adapters.ingest_worker"]
+            with subprocess.Popen(command, stdin=request, stdout=subprocess.PIPE, stderr=complaints) as process:
+                try:
+                    self._follow(process.stdout)
+                except BaseException:
+                    process.kill()
+                    raise
+            complaints.seek(0)
+            text = complaints.read().decode(errors="replace")[-STDERR_TAIL:].strip()
+        self.last_words = f"the ingest process ended with status {process.returncode}: {text}"
+        if not self._started:
+            raise Internal(self.last_words)
+
+    def _follow(self, answers: IO[bytes]) -> None:
+        for line in answers:
+            if not line.endswith(b"\n"):
+                return  # it died within a line
+            event = msgspec.json.decode(line, type=Started | Copied | IngestResult | Fatal)
+            if isinstance(event, Fatal):
+                raise from_message(event.message)
+            self._started = True
+            if isinstance(event, IngestResult):
+                self.results.append(event)
+            if self._progress is not None:
+                self._progress(event)

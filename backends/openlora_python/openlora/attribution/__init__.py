@@ -1,0 +1,1 @@
+"""Attribution: the usage journal, receipts and the receipt log."""

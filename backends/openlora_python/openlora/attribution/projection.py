@@ -1,0 +1,106 @@
+"""From journal to log: every completed request becomes a signed receipt, in the journal's order, exactly once.
+
+There is one path for all of them. What a crash left unfinished is closed by the journal when it opens again, and
+what was not logged yet is read again from the log's low-water mark; both give the bytes that an undisturbed run gives.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from openlora.attribution.commitments import blob_bytes
+from openlora.attribution.frames import CompletionFrame, IntentFrame, Mark, Position
+from openlora.attribution.log import NewReceipt, ReceiptLog
+from openlora.attribution.reader import JournalReader
+from openlora.attribution.receipt import receipt_from_frames
+from openlora.errors import Internal
+
+
+class Projector:
+    """Tails a journal directory into a log. One thread at a time may call it."""
+
+    def __init__(self, journal_directory: Path, log: ReceiptLog) -> None:
+        self._directory = journal_directory
+        self._log = log
+        self._projected_mark = Mark(journal_directory, "projected")
+        self._canonical = _CanonicalBlobs()
+        self._rewind()
+
+    def project(self, limit: int = 1024) -> range:
+        """Log the next completions that are durable in the journal, up to `limit`, in one transaction.
+
+        Returns the numbers of the new receipts; an empty range when there is nothing new. Call it until then. Internal:
+        journal and log contradict each other, or the journal is damaged; nothing was logged by this call.
+        """
+        first = self._next_seq
+        try:
+            new = self._take(limit)
+            if new:
+                self._log.append(new, self._low_water)
+        except BaseException:
+            self._rewind()
+            raise
+        if new:
+            self._projected_mark.publish(self._low_water)
+        return range(first, self._next_seq)
+
+    @property
+    def _low_water(self) -> Position:
+        """The earliest position from which all open intents can be read again."""
+        for _, start in self._open.values():  # in the journal's order
+            return start
+        return self._reader.position
+
+    def _rewind(self) -> None:
+        self._reader = JournalReader(self._directory, self._log.low_water)
+        self._next_seq = self._log.size()
+        self._open: dict[str, tuple[IntentFrame, Position]] = {}
+
+    def _take(self, limit: int) -> list[NewReceipt]:
+        new: list[NewReceipt] = []
+        for frame, start, _ in self._reader.read():
+            if isinstance(frame, IntentFrame):
+                self._open[frame.request_id] = (frame, start)
+            elif isinstance(frame, CompletionFrame):
+                intent, _ = self._open.pop(frame.request_id, (None, start))
+                if frame.seq < self._next_seq:
+                    self._check_logged(frame)
+                    continue
+                if intent is None or frame.seq > self._next_seq:
+                    raise Internal(f"the journal has completion {frame.seq}, the log expects {self._next_seq}")
+                unsigned = receipt_from_frames(intent, frame, self._log.key.log_id, self._canonical)
+                new.append(
+                    NewReceipt(unsigned.receipt, unsigned.leaf, unsigned.blobs, intent.prompt_salt, intent.output_salt)
+                )
+                self._next_seq += 1
+                if len(new) == limit:
+                    break
+        return new
+
+    def _check_logged(self, frame: CompletionFrame) -> None:
+        """A journal that was rolled back gives a number that the log knows to another request."""
+        logged = self._log.get(frame.seq)
+        if logged is None or logged.receipt.request_id.hex() != frame.request_id:
+            raise Internal(f"receipt {frame.seq} is of another request than the journal's: one of them was rolled back")
+
+
+class _CanonicalBlobs:
+    """`blob_bytes` that remembers: requests repeat few runtimes, adapter lists and terms."""
+
+    _CAPACITY = 1024
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def __call__(self, tag: bytes, blob: dict[str, Any]) -> bytes:
+        key = tag + msgspec.msgpack.encode(blob)
+        content = self._known.get(key)
+        if content is None:
+            content = self._known[key] = blob_bytes(tag, blob)
+            if len(self._known) > self._CAPACITY:
+                self._known.popitem(last=False)
+        return content

@@ -1,0 +1,66 @@
+"""The JSON form of a receipt, which its client keeps: every field by name, and all that a verifier needs beside it.
+
+Only a view: what is hashed and signed is the leaf.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from openlora.attribution.commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG
+from openlora.attribution.log_key import LogKey
+from openlora.attribution.receipt import RECEIPT_SCHEMA, Receipt, encode_leaf
+from openlora.errors import ReceiptInvalid
+
+BLOB_TAGS = {"runtime": RUNTIME_TAG, "adapters": ADAPTERS_TAG, "terms": TERMS_TAG}
+
+
+def receipt_document(
+    receipt: Receipt,
+    signature: bytes,
+    key: LogKey,
+    blobs: Sequence[bytes],
+    salts: tuple[bytes, bytes] | None,
+) -> dict[str, Any]:
+    """A receipt as JSON: integers as they are, bytes as 0x hex, blobs (given as hashed: tag and JSON) as objects."""
+    named = {field.name: getattr(receipt, field.name) for field in fields(receipt)}
+    document: dict[str, Any] = {"schema": f"0x{RECEIPT_SCHEMA:04x}"}
+    document |= {name: "0x" + value.hex() if isinstance(value, bytes) else value for name, value in named.items()}
+    document["leaf"] = "0x" + encode_leaf(receipt).hex()
+    document["signature"] = "0x" + signature.hex()
+    document["signer"] = key.signer
+    document["blobs"] = {
+        name: json.loads(blob.removeprefix(tag)) for (name, tag), blob in zip(BLOB_TAGS.items(), blobs, strict=True)
+    }
+    if salts is not None:
+        document["salts"] = {"prompt": "0x" + salts[0].hex(), "output": "0x" + salts[1].hex()}
+    document["log"] = key.line
+    return document
+
+
+def parse_receipt_document(text: str | bytes) -> dict[str, Any]:
+    """A receipt's JSON from a stranger: an object without repeated keys, floats' NaN or other leniencies.
+
+    ReceiptInvalid: it is something else.
+    """
+    try:
+        document = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ReceiptInvalid(f"not the JSON of a receipt: {error}") from error
+    if not isinstance(document, dict):
+        raise ReceiptInvalid(f"not the JSON of a receipt: {type(document).__name__} instead of an object")
+    return document
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key is there twice")
+    return document
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,45 @@
+"""`openlora …`: one place for every command; each lives beside the part that it drives."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from .adapters.commands import adapters_app
+from .attribution.commands import receipts_app
+from .errors import OpenLoRAError
+from .serving.generate_command import generate
+from .serving.serve_command import serve, stop
+
+app = typer.Typer(
+    name="openlora",
+    help="Many LoRA adapters over one base model, served by NVIDIA Triton, every answer with a receipt.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(serve)
+app.command()(stop)
+app.command()(generate)
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(receipts_app, name="receipts")
+
+
+def main() -> None:
+    """Run a command; an error is one clear line and its exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
+    )
+    try:
+        app()
+    except OpenLoRAError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

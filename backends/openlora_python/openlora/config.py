@@ -1,0 +1,198 @@
+"""One settings tree: a YAML file, `OPENLORA_…` environment variables and command-line flags, the later ones winning.
+
+`Settings` is what an operator writes. `RunConfig` is what the launcher makes of it for one run of the server; every
+process of that run (the three stubs, engine, gateway) reads it from the run directory, whose path is all they are given.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from .errors import InvalidArgument
+
+RUN_DIR_VARIABLE = "OPENLORA_RUN_DIR"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineSettings(_Section):
+    kind: Literal["torch"] = "torch"
+    python: Path | None = None  # interpreter of the engine process; default: this one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none"] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    max_model_len: int | None = Field(default=None, ge=16)
+    max_batch: int = Field(default=64, ge=1, le=4096)
+    max_step_tokens: int = Field(default=512, ge=16)
+    kv_cache_tokens: int | None = Field(default=None, ge=64)
+    max_adapters: int = Field(default=64, ge=1)
+    max_rank: int = Field(default=128, ge=1)
+    max_waiting: int = Field(default=1024, ge=1)
+    hang_seconds: float = Field(default=30.0, gt=0)  # no step for so long with work queued: killed and restarted
+
+
+class Limits(_Section):
+    timeout_ms: int = Field(default=120_000, ge=1)  # of a request that names none
+    max_timeout_ms: int = Field(default=600_000, ge=1)
+    max_tokens: int = Field(default=65_536, ge=1)
+    highest_priority: int = 0  # priorities below are raised to this: lower runs earlier
+    coalesce_above: int = Field(default=16, ge=0)  # live streams; with more, tokens of a stream travel together …
+    coalesce_ms: int = Field(default=100, ge=0)  # … but never wait longer than this, and the first one not at all
+
+
+class Access(_Section):
+    """Who may use what. Keys are given as SHA-256 hex digests, so the file holds no secret."""
+
+    callers: dict[str, str] = {}  # caller name -> sha256(api key), 64 hex digits
+    require_key: bool = False  # refuse callers without a known key altogether
+    private: dict[str, tuple[str, ...]] = {}  # adapter name -> callers that may use it; others are public
+
+
+class RestartPolicy(_Section):
+    """When a process that died is started again, and when that is given up."""
+
+    attempts: int = Field(default=5, ge=1)  # within `window_seconds`; one more ends the server, loudly
+    window_seconds: float = Field(default=300.0, gt=0)
+    longest_wait_seconds: float = Field(default=30.0, gt=0)
+
+
+class AttributionSettings(_Section):
+    origin: str = Field(default="localhost/openlora", min_length=1, max_length=128)  # of the receipt log
+
+
+class Settings(BaseSettings):
+    """What an operator may set. `model` and `adapters` are directories on this machine."""
+
+    model_config = SettingsConfigDict(env_prefix="OPENLORA_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    model: Path
+    adapters: Path | None = None
+    state_dir: Path = Path("var")
+    host: str = "127.0.0.1"
+    http_port: int = Field(default=8000, ge=1, le=65535)
+    grpc_port: int = Field(default=8001, ge=1, le=65535)
+    metrics_port: int = Field(default=8002, ge=1, le=65535)
+    health_port: int = Field(default=8003, ge=1, le=65535)
+    gateway_port: int = Field(default=9000, ge=1, le=65535)
+    engine: EngineSettings = EngineSettings()
+    limits: Limits = Limits()
+    access: Access = Access()
+    restart: RestartPolicy = RestartPolicy()
+    attribution: AttributionSettings = AttributionSettings()
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Settings:
+        ports = [self.http_port, self.grpc_port, self.metrics_port, self.health_port, self.gateway_port]
+        if len(set(ports)) != len(ports):
+            raise ValueError(f"the five ports must differ, got {ports}")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_settings(config_file: Path | None = None, **flags: Any) -> Settings:
+    """Settings from `config_file` (YAML), the environment and `flags` (None = not given).
+
+    Raises:
+        InvalidArgument: naming the setting and what is wrong with it.
+    """
+    if config_file is not None and not config_file.is_file():
+        raise InvalidArgument(f"no such file: {config_file}", field="config")
+    given = _nested({name: value for name, value in flags.items() if value is not None})
+    source = type("Settings", (Settings,), {"model_config": {**Settings.model_config, "yaml_file": config_file}})
+    try:
+        return Settings.model_validate(source(**given).model_dump())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidArgument(first["msg"], field=".".join(map(str, first["loc"])) or "settings") from error
+
+
+def _nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """`{"engine.dtype": "float32"}` → `{"engine": {"dtype": "float32"}}`."""
+    tree: dict[str, Any] = {}
+    for name, value in flags.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+class BaseModelFacts(_Section):
+    """What the steps before the engine need to know of the base model, read once by the launcher."""
+
+    name: str
+    path: Path
+    digest: str  # manifest digest, 64 hex digits
+    card: dict[str, Any] | None  # openlora.json beside the weights
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+
+
+class RunConfig(_Section):
+    """One run of the server: settings resolved, paths absolute. No secrets: the run key is a file of its own."""
+
+    settings: Settings
+    base: BaseModelFacts
+    state_dir: Path
+    socket_dir: Path
+    shm_prefix: str
+    launcher_pid: int
+
+    @property
+    def catalog_path(self) -> Path:
+        return self.state_dir / "catalog.sqlite"
+
+    @property
+    def adapter_cache(self) -> Path:
+        return self.state_dir / "adapters"
+
+    @property
+    def journal_dir(self) -> Path:
+        return self.state_dir / "journal"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.state_dir / "run"
+
+    @property
+    def run_key_path(self) -> Path:
+        return self.run_dir / "run.key"
+
+    def socket(self, name: Literal["engine", "control", "status"]) -> str:
+        return f"ipc://{self.socket_dir / name}"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.state_dir / "logs"
+
+    def save(self) -> None:
+        target = self.run_dir / "run.json"
+        target.write_text(self.model_dump_json(indent=1))
+        target.chmod(0o600)
+
+    @classmethod
+    def load(cls, run_dir: Path | None = None) -> RunConfig:
+        """The run that this process belongs to: `run_dir`, or what the launcher put in the environment."""
+        given = run_dir or os.environ.get(RUN_DIR_VARIABLE)
+        if not given:
+            raise InvalidArgument(f"{RUN_DIR_VARIABLE} is not set: start the server with `openlora serve`")
+        return cls.model_validate_json((Path(given) / "run.json").read_text())

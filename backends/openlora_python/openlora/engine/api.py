@@ -1,0 +1,116 @@
+"""The protocol that every engine meets: token ids in, token ids out, adapters named by digest.
+
+The structs travel between the generation step and the engine process (msgpack), so an engine may live under
+another interpreter: this module imports nothing but the standard library and msgspec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+WEIGHT_ONE = 1_000_000
+"""Adapter weights are integers in 1e-6 units: the engine computes with the weight that the receipt records."""
+
+
+class AdapterUse(msgspec.Struct, frozen=True):
+    """One adapter of a request. `path` is a validated, content-addressed copy that never changes."""
+
+    digest: str  # manifest digest, 64 hex digits
+    path: str
+    weight: int  # 1e-6 units; the adapter's own scaling comes on top
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How to choose tokens; every field is normalised and in range before it gets here."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # a draw is a function of (seed, output position)
+    eos_token_ids: tuple[int, ...] = ()  # empty = ignore EOS
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences never to be completed
+    logprobs: int | None = None  # None = none; 0 = of the chosen token; n = and of the n most likely
+
+
+class EngineRequest(msgspec.Struct, frozen=True):
+    request_id: str
+    prompt: tuple[int, ...]
+    adapters: tuple[AdapterUse, ...]  # empty = base model
+    sampling: Sampling
+    priority: int = 0  # lower runs earlier
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Natural-log probabilities under the model, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+class EngineOutput(msgspec.Struct):
+    """What one step made for one request. The last one of a request has a `finish_reason`."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str = ""  # stop | length | cancelled | error
+    error: str = ""  # str() of an OpenLoRAError, with finish_reason "error"
+    logprobs: list[TokenLogprob] | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """Facts about a loaded engine: what receipts record and what the steps before it check against."""
+
+    engine: str  # "torch"
+    version: str  # of the engine and the libraries it computes with
+    base_digest: str  # 64 hex digits
+    dtype: str
+    quantization: str
+    device: str
+    max_model_len: int
+    vocab_size: int
+    max_rank: int
+    max_adapters: int  # device slots: distinct adapters in one step
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    steps: int
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    adapters_loaded: int
+
+
+Emit = Callable[[list[EngineOutput]], None]
+"""Takes everything that one step made, once a step, on the engine's own thread."""
+
+
+class Engine(Protocol):
+    """An engine owns batching, KV cache and adapters. Calls are thread-safe and return at once."""
+
+    info: EngineInfo
+
+    def start(self, emit: Emit) -> None:
+        """Start the step loop."""
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Every accepted request ends in exactly one output with a finish reason."""
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request, whatever phase it is in; it ends as `cancelled`. An unknown id is ignored."""
+
+    def stats(self) -> EngineStats: ...
+
+    def shutdown(self) -> None:
+        """Stop the step loop; running requests are dropped."""

@@ -1,0 +1,153 @@
+"""The engine process: `python -m openlora.engine.host ENGINE_JSON`.
+
+Owns one engine, takes requests over an ipc socket, sends back what each step made in one message. Imports nothing of
+the server (another interpreter may run it): the standard library, msgspec, pyzmq and its engine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from ..serving.parent_watch import exit_with
+from .api import Engine, EngineOutput
+from .wire import Cancel, EngineConfig, Hello, Outputs, Report, Submit, ToEngine, Welcome
+
+REPORT_SECONDS = 1.0
+
+
+class EngineHost:
+    """Routes requests of one client at a time (the generation step, or its successor) to an engine."""
+
+    def __init__(self, engine: Engine, config: EngineConfig) -> None:
+        self._engine = engine
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        context = zmq.Context.instance()
+        self._clients = context.socket(zmq.ROUTER)
+        self._clients.setsockopt(zmq.SNDHWM, 0)  # a slow client must not stall the step loop
+        self._clients.bind(config.socket)
+        self._status = context.socket(zmq.PUSH)
+        self._status.setsockopt(zmq.LINGER, 0)
+        self._status.connect(config.status_socket)
+        self._made = context.socket(zmq.PULL)  # from the engine's own thread
+        self._made.setsockopt(zmq.RCVHWM, 0)
+        self._made.bind("inproc://made")
+        self._context = context
+        self._owners: dict[str, bytes] = {}  # request id -> client
+        self._client_pids: dict[int, tuple[int, bytes]] = {}  # pidfd -> (pid, client)
+
+    def run(self) -> None:
+        """Serve until the process ends."""
+        self._engine.start(self._emitter())
+        poller = zmq.Poller()
+        poller.register(self._clients, zmq.POLLIN)
+        poller.register(self._made, zmq.POLLIN)
+        next_report = 0.0
+        while True:
+            if time.monotonic() >= next_report:
+                self._report()
+                next_report = time.monotonic() + REPORT_SECONDS
+            for source, _ in poller.poll(timeout=max(0.0, (next_report - time.monotonic()) * 1000)):
+                if source is self._clients:
+                    client, message = self._clients.recv_multipart()
+                    self._take(client, self._decoder.decode(message), poller)
+                elif source is self._made:
+                    self._deliver(msgspec.msgpack.decode(self._made.recv(), type=list[EngineOutput]))
+                else:
+                    self._forget(source, poller)
+
+    def _emitter(self) -> Callable[[list[EngineOutput]], None]:
+        """What the engine calls once a step, on its own thread: sockets are not shared, so it has one of its own."""
+        sockets: list[zmq.Socket] = []
+
+        def emit(outputs: list[EngineOutput]) -> None:
+            if not sockets:
+                socket = self._context.socket(zmq.PUSH)
+                socket.setsockopt(zmq.SNDHWM, 0)
+                socket.connect("inproc://made")
+                sockets.append(socket)
+            sockets[0].send(self._encoder.encode(outputs))
+
+        return emit
+
+    def _take(self, client: bytes, message: ToEngine, poller: zmq.Poller) -> None:
+        match message:
+            case Hello(pid):
+                self._greet(client, pid, poller)
+            case Submit(requests):
+                for request in requests:
+                    self._owners[request.request_id] = client
+                    self._engine.submit(request)
+            case Cancel(request_ids):
+                for request_id in request_ids:
+                    self._engine.cancel(request_id)
+
+    def _greet(self, client: bytes, pid: int, poller: zmq.Poller) -> None:
+        if all(client != known for _, known in self._client_pids.values()):
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return  # it died before we looked
+            self._client_pids[descriptor] = (pid, client)
+            poller.register(descriptor, zmq.POLLIN)
+        self._send(client, Welcome(os.getpid(), self._engine.info))
+
+    def _forget(self, descriptor: int, poller: zmq.Poller) -> None:
+        """A client's process ended: nobody will read its answers."""
+        poller.unregister(descriptor)
+        _, client = self._client_pids.pop(descriptor)
+        os.close(descriptor)
+        for request_id in [request_id for request_id, owner in self._owners.items() if owner == client]:
+            del self._owners[request_id]
+            self._engine.cancel(request_id)
+
+    def _deliver(self, outputs: list[EngineOutput]) -> None:
+        by_client: dict[bytes, list[EngineOutput]] = {}
+        for output in outputs:
+            client = self._owners.get(output.request_id)
+            if client is None:
+                continue  # its client is gone
+            by_client.setdefault(client, []).append(output)
+            if output.finish_reason:
+                del self._owners[output.request_id]
+        for client, made in by_client.items():
+            self._send(client, Outputs(tuple(made)))
+
+    def _send(self, client: bytes, message: Welcome | Outputs) -> None:
+        self._clients.send_multipart([client, self._encoder.encode(message)])
+
+    def _report(self) -> None:
+        failed = getattr(self._engine, "failed", None)
+        if failed is not None:
+            raise RuntimeError(f"the engine stopped: {failed}")  # the launcher starts a new one
+        report = Report("engine", os.getpid(), True, stats=self._engine.stats())
+        self._status.send(self._encoder.encode(report))
+
+
+def load_engine(config: EngineConfig) -> Engine:
+    if config.kind == "torch":
+        import torch
+
+        from .torch_engine import TorchEngine
+
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return TorchEngine(config.model_dir, config.base_digest, **config.options)
+    raise ValueError(f"no engine {config.kind!r}")
+
+
+def main() -> None:
+    config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineConfig)
+    exit_with(config.launcher_pid)
+    EngineHost(load_engine(config), config).run()
+
+
+if __name__ == "__main__":
+    main()

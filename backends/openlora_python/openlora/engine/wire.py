@@ -1,0 +1,57 @@
+"""The messages between the generation step and the engine process: msgpack over an ipc socket, one a step each way."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .api import EngineInfo, EngineOutput, EngineRequest, EngineStats
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """First word of a client; the engine drops the requests of a client whose process ends."""
+
+    pid: int
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    requests: tuple[EngineRequest, ...]
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    request_ids: tuple[str, ...]
+
+
+class Welcome(msgspec.Struct, tag=True, frozen=True):
+    pid: int
+    info: EngineInfo
+
+
+class Outputs(msgspec.Struct, tag=True, frozen=True):
+    outputs: tuple[EngineOutput, ...]
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """What the launcher writes for the engine process, which must not import the server's libraries."""
+
+    kind: str
+    model_dir: str
+    base_digest: str
+    socket: str
+    status_socket: str
+    launcher_pid: int
+    threads: int | None
+    options: dict[str, object]  # keyword arguments of the engine's class
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a process tells the launcher: at its start, when its state changes, and every second or so."""
+
+    name: str  # engine | adapter_resolver | generation | attribution
+    pid: int
+    ready: bool
+    reason: str = ""
+    stats: EngineStats | None = None
+
+
+ToEngine = Hello | Submit | Cancel
+ToClient = Welcome | Outputs

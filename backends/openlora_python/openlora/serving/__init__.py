@@ -1,0 +1,1 @@
+"""Serving: the three steps of the ensemble, and the launcher that keeps them alive."""

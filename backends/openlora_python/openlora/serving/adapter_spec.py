@@ -1,0 +1,92 @@
+"""The `adapters` input: a name, or JSON with several weighted ones."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.api import WEIGHT_ONE
+from ..errors import InvalidArgument
+from .sampling_parameters import parse_json
+
+MAX_ADAPTERS = 8
+MAX_WEIGHT = 10
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
+FIELD = "adapters"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter as asked for."""
+
+    name: str
+    weight: int  # 1e-6 units
+    version: int | str | None  # number, or the first digits of its digest; None = the current one
+
+
+def parse_adapters(text: str) -> tuple[AdapterSpec, ...]:
+    """What an `adapters` string asks for: 1–8 adapters, weights rounded to 1e-6.
+
+    Raises:
+        InvalidArgument: for anything that is not exactly one of the documented forms.
+    """
+    if not text.strip():
+        raise InvalidArgument("empty; leave it out to ask the base model", field=FIELD)
+    if text.lstrip()[0] not in "[{":
+        return (_one(text.strip(), 1, None),)
+    tree = parse_json(text, FIELD)
+    if isinstance(tree, dict):
+        _only(tree, {"adapters", "method", "density"})
+        method = tree.get("method", "cat")
+        if method != "cat":
+            raise InvalidArgument(
+                f"method {method!r} makes new weights: only 'cat' is computed per request, "
+                "make an adapter of the others with `openlora adapters merge`",
+                field=FIELD,
+            )
+        if "density" in tree:
+            raise InvalidArgument("density has no meaning for method 'cat'", field=FIELD)
+        tree = tree.get("adapters")
+    if not isinstance(tree, list) or not tree:
+        raise InvalidArgument("a list of 1 to 8 adapters is wanted", field=FIELD)
+    if len(tree) > MAX_ADAPTERS:
+        raise InvalidArgument(f"at most {MAX_ADAPTERS} adapters, got {len(tree)}", field=FIELD)
+    specs = tuple(_entry(item) for item in tree)
+    names = [spec.name for spec in specs]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidArgument(f"{repeated!r} comes twice", field=FIELD)
+    if not any(spec.weight for spec in specs):
+        raise InvalidArgument("all weights are zero; leave adapters out to ask the base model", field=FIELD)
+    return specs
+
+
+def _entry(item: Any) -> AdapterSpec:
+    if isinstance(item, str):
+        return _one(item, 1, None)
+    if not isinstance(item, dict):
+        raise InvalidArgument(f"an adapter is a name or an object, got {item!r}", field=FIELD)
+    _only(item, {"name", "weight", "version"})
+    if "name" not in item:
+        raise InvalidArgument("an adapter without a name", field=FIELD)
+    return _one(item["name"], item.get("weight", 1), item.get("version"))
+
+
+def _one(name: Any, weight: Any, version: Any) -> AdapterSpec:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InvalidArgument(f"{name!r:.140} is no adapter name ({NAME.pattern})", field=FIELD)
+    if name == "base":
+        raise InvalidArgument("'base' is the base model: leave adapters out to ask it", field=FIELD)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise InvalidArgument(f"weight of {name!r}: a finite number is wanted, got {weight!r}", field=FIELD)
+    if abs(weight) > MAX_WEIGHT:
+        raise InvalidArgument(f"weight of {name!r}: at most {MAX_WEIGHT} in size, got {weight}", field=FIELD)
+    if version is not None and (isinstance(version, bool) or not isinstance(version, int | str)):
+        raise InvalidArgument(f"version of {name!r}: a number or a digest is wanted, got {version!r}", field=FIELD)
+    return AdapterSpec(name, round(weight * WEIGHT_ONE), version)
+
+
+def _only(tree: dict[str, Any], known: set[str]) -> None:
+    if unknown := next((key for key in tree if key not in known), None):
+        raise InvalidArgument(f"unknown key {unknown!r}, known are {sorted(known)}", field=FIELD)

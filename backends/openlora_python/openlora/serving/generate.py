@@ -1,0 +1,191 @@
+"""Step 2: the generation step. Owns the tokenizer, the usage journal and the responses; the engine is elsewhere.
+
+`execute` may only copy and return: everything after it runs as one coroutine a request on a loop of our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+
+import zmq
+import zmq.asyncio
+
+from ..attribution.journal import Journal
+from ..config import RunConfig
+from ..engine.client import EngineClient
+from ..errors import InvalidArgument, NotAuthenticated, OpenLoRAError, Overloaded, RequestNotFound, Unavailable
+from .chunk import Chunk, Control, open_control
+from .generation import Generation, Pacing, Sink
+from .seal import Seal
+from .status import StatusReporter
+from .text import TextCodec
+from .ticket import Ticket, TicketOffice
+from .usage import RequestUsage
+
+REPORT_SECONDS = 0.5
+JOURNAL_RETRY_SECONDS = 1.0
+OVERLOAD_RETRY_MS = 1000
+LOG_RETRY_MS = 2000
+
+log = logging.getLogger(__name__)
+
+
+class GenerationStep:
+    """Runs requests from ticket to last response, and keeps what they share: journal, engine, table of the living."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run = run
+        self._codec = TextCodec(run.base.path)
+        self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
+        self._control_seal = Seal(run.run_key_path, "control")
+        self._living: dict[str, Generation] = {}
+        self._capacity = run.settings.engine.max_batch + run.settings.engine.max_waiting
+        self._log_fault = ""  # why attribution can't write receipts, if so
+        self._journal = Journal.open(run.journal_dir, wait=True, on_failure=self._journal_failed)
+        self._engine = EngineClient(run.socket("engine"))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="generation", daemon=True)
+        self._thread.start()
+
+    def accept(self, sealed_ticket: bytes, text: bytes, sink: Sink) -> None:
+        """Take a request on; `sink` gets exactly one FINAL, here or later. Called on Triton's thread, returns at once."""
+        try:
+            ticket = self._office.redeem(sealed_ticket, text)
+            prompt_text = text.decode()
+            prompt = self._codec.encode(prompt_text, add_special_tokens=ticket.text.add_special_tokens)
+            if ticket.kind == "generate":
+                self._check_admission(ticket, prompt)
+        except OpenLoRAError as error:
+            sink.fail(error)
+            return
+        work = self._stop if ticket.kind == "stop" else self._generate
+        asyncio.run_coroutine_threadsafe(work(ticket, prompt, prompt_text, sink), self._loop)
+
+    def close(self) -> None:
+        """End the loop and the journal; what still runs is closed as aborted at the next start."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._journal.close()
+
+    def _check_admission(self, ticket: Ticket, prompt: tuple[int, ...]) -> None:
+        if self._journal.failed is not None:
+            raise self._journal.failed
+        if self._log_fault:
+            raise Unavailable(f"the receipt log: {self._log_fault}", retry_after_ms=LOG_RETRY_MS)
+        info = self._engine.require()
+        if not prompt:
+            raise InvalidArgument("no tokens", field="text_input")
+        if len(prompt) + ticket.sampling.max_tokens > info.max_model_len:
+            raise InvalidArgument(
+                f"{len(prompt)} tokens and max_tokens {ticket.sampling.max_tokens} are more than this model's "
+                f"{info.max_model_len}",
+                field="text_input",
+            )
+        if unknown := next((i for i in ticket.sampling.stop_token_ids if i >= info.vocab_size), None):
+            raise InvalidArgument(f"{unknown} is not below the vocabulary's {info.vocab_size}", field="stop_token_ids")
+        if len(self._living) >= self._capacity:
+            raise Overloaded(f"{self._capacity} requests run and wait already", retry_after_ms=OVERLOAD_RETRY_MS)
+
+    async def _generate(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> None:
+        generation = self._new_generation(ticket, prompt, prompt_text, sink)
+        self._living[ticket.request_id] = generation
+        try:
+            await generation.run()
+        finally:
+            del self._living[ticket.request_id]
+
+    async def _stop(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> None:
+        """Stop the one running request with this caller and label; answers one empty response."""
+        generation = self._new_generation(ticket, prompt, prompt_text, sink)
+        self._living[ticket.request_id] = generation
+        try:
+            await generation.hello()
+            found = [
+                other
+                for other in self._living.values()
+                if other.ticket.kind == "generate"
+                and (other.ticket.caller, other.ticket.label) == (ticket.caller, ticket.label)
+            ]
+            if not ticket.label or len(found) != 1:
+                raise RequestNotFound(f"{len(found)} running requests of yours have the id {ticket.label!r}")
+            found[0].cancel()
+            sink.send_chunk(Chunk("stopped", ticket.request_id, 1), final=True)
+        except OpenLoRAError as error:
+            sink.fail(error)
+        finally:
+            sink.finish()
+            del self._living[ticket.request_id]
+
+    def _new_generation(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> Generation:
+        limits = self._run.settings.limits
+        pacing = Pacing(limits.coalesce_above, limits.coalesce_ms / 1000, self._live_streams)
+        usage = RequestUsage(self._journal)
+        return Generation(ticket, prompt, prompt_text, sink, self._engine, usage, self._codec, pacing)
+
+    def _live_streams(self) -> int:
+        return sum(generation.streaming for generation in self._living.values())
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        for work in (self._engine.run(), self._listen(), self._report()):
+            self._loop.create_task(work).add_done_callback(_raise_fault)
+        self._loop.run_forever()
+
+    async def _listen(self) -> None:
+        """Control messages of attribution: acknowledgements, cancels, and how its log does."""
+        with zmq.asyncio.Context.instance().socket(zmq.PULL) as socket:
+            socket.bind(self._run.socket("control"))
+            while True:
+                try:
+                    control = open_control(self._control_seal, await socket.recv())
+                except NotAuthenticated as error:
+                    log.warning("control message refused: %s", error)
+                    continue
+                self._obey(control)
+
+    def _obey(self, control: Control) -> None:
+        if control.op == "log_failed":
+            self._log_fault = control.reason
+        elif control.op == "log_ready":
+            self._log_fault = ""
+        elif generation := self._living.get(control.request_id):
+            generation.acknowledge() if control.op == "ack" else generation.cancel()
+
+    async def _report(self) -> None:
+        reporter = StatusReporter(self._run.socket("status"), "generation")
+        while True:
+            faults = []
+            if self._journal.failed is not None:
+                faults.append(f"journal: {self._journal.failed}")
+            if self._engine.info is None:
+                faults.append("no engine")
+            reporter.report(ready=not faults, reason="; ".join(faults))
+            await asyncio.sleep(REPORT_SECONDS)
+
+    def _journal_failed(self, error: BaseException) -> None:
+        """Nothing was acknowledged. Recover into a new segment, again and again, with the doors shut meanwhile."""
+        log.error("usage journal: %s", error)
+        asyncio.run_coroutine_threadsafe(self._reopen_journal(), self._loop)
+
+    async def _reopen_journal(self) -> None:
+        while fault := self._journal.failed:
+            for generation in self._living.values():
+                generation.abort(fault)
+            await asyncio.sleep(JOURNAL_RETRY_SECONDS)
+            if self._living:
+                continue  # their completions would find no intent in the new segment
+            try:
+                await self._loop.run_in_executor(None, self._journal.reopen)
+            except Unavailable as error:
+                log.error("usage journal: still %s", error)
+
+
+def _raise_fault(task: asyncio.Task[None]) -> None:
+    """The three standing tasks never end; one that does is a fault, and a stub that can't serve must not stay."""
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("generation: a standing task ended", exc_info=error)
+        os._exit(1)
+

@@ -1,0 +1,360 @@
+"""`openlora serve`: the parent of tritonserver, the engine and the gateway. Watches, restarts, says whether all is well.
+
+A stub that dies leaves its clients hanging and Triton does not notice, so the launcher does: it ends tritonserver at
+once, which closes every hanging connection, and starts a new one with new keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+
+import msgspec
+import zmq
+
+from ..adapters.catalog import BaseFacts, Catalog
+from ..adapters.ingest import sync_directory
+from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
+from ..engine.wire import EngineConfig, Report
+from ..errors import OpenLoRAError, Unavailable
+from .base_model import read_base_model
+from .health import HealthServer
+from .parent_watch import remove_shared_memory
+from .processes import Command, KeptProcess, wait_for_exit
+from .seal import write_run_key
+from .state_dir import StateDir
+from .tritonserver import build_backend_directory, find_tritonserver, server_command, server_environment
+
+STUBS = ("adapter_resolver", "generation", "attribution")
+TICK_SECONDS = 0.1
+STOP_SECONDS = 15.0
+PORT_SECONDS = 20.0  # how long ports of a server that was just killed may stay taken
+
+log = logging.getLogger("openlora")
+
+
+@dataclass
+class _Stub:
+    pid: int
+    pidfd: int
+    ready: bool
+    reason: str
+    heard_at: float
+
+
+class Launcher:
+    """One run of the server. `run()` returns when it was told to stop, or raises when it gave up."""
+
+    def __init__(self, settings: Settings, on_ready: Callable[[RunConfig], None]) -> None:
+        self._on_ready = on_ready
+        self._state = StateDir(settings.state_dir.resolve())
+        self._lock = self._state.lock()
+        self._state.prepare()
+        self._install = find_tritonserver()
+        self._run = self._make_run(settings)
+        self._run.save()
+        self._backends = self._run.run_dir / "backends"
+        build_backend_directory(self._install, self._backends)
+        self._server_starts = 0
+        policy = settings.restart
+        logs = self._run.log_dir
+        self._engine = KeptProcess("engine", self._engine_command, logs / "engine.log", policy)
+        self._server = KeptProcess("tritonserver", self._server_command, logs / "tritonserver.log", policy)
+        self._gateway = KeptProcess("gateway", self._gateway_command, logs / "gateway.log", policy)
+        self._kept = [self._engine, self._server, self._gateway]
+        self._stubs: dict[str, _Stub] = {}
+        self._engine_ready = False
+        self._engine_steps, self._engine_moved_at = -1, time.monotonic()
+        self._models_ready = self._gateway_ready = self._announced = False
+        self._adapters_fault = "being read"
+        self._stopping = False
+
+    # --- one life ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            Unavailable: a process died too often, or a port is taken.
+        """
+        self._wait_for_ports()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._ask_to_stop)
+        reports = zmq.Context.instance().socket(zmq.PULL)
+        reports.bind(self._run.socket("status"))
+        health = HealthServer(self._run.settings.host, self._run.settings.health_port, self.faults)
+        try:
+            self._start_reading_adapters()
+            for process in self._kept:
+                process.start()
+            while not self._stopping:
+                self._turn(reports)
+        finally:
+            self._shut_down()
+            health.close()
+            reports.close(linger=0)
+
+    def faults(self) -> dict[str, str]:
+        """What keeps this node from being ready, part by part."""
+        found = {}
+        if self._adapters_fault:
+            found["adapters"] = self._adapters_fault
+        if not self._engine_ready:
+            found["engine"] = "starting"
+        if not self._models_ready:
+            found["tritonserver"] = "starting"
+        if not self._gateway_ready:
+            found["gateway"] = "starting"
+        for name in STUBS:
+            stub = self._stubs.get(name)
+            if stub is None:
+                found[name] = "starting"
+            elif not stub.ready:
+                found[name] = stub.reason
+        return found
+
+    def _turn(self, reports: zmq.Socket) -> None:
+        """Wait a moment for news, then act on all of it."""
+        poller = zmq.Poller()
+        poller.register(reports, zmq.POLLIN)
+        watched = [process for process in self._kept if process.running]
+        for process in watched:
+            poller.register(process.pidfd, zmq.POLLIN)
+        for stub in self._stubs.values():
+            poller.register(stub.pidfd, zmq.POLLIN)
+        ready = dict(poller.poll(TICK_SECONDS * 1000))
+        while reports.poll(0):
+            self._hear(msgspec.msgpack.decode(reports.recv(), type=Report))
+        for process in watched:
+            if process.pidfd in ready:
+                self._buried(process)
+        for name, stub in list(self._stubs.items()):
+            if stub.pidfd in ready and self._server.running:
+                log.error("the %s stub (pid %d) died: restarting tritonserver", name, stub.pid)
+                self._server.kill()
+                self._drop_stubs()
+                break
+        self._check_hangs()
+        self._start_what_is_due()
+        self._look_for_readiness()
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+    # --- news --------------------------------------------------------------------------------------------------------
+
+    def _hear(self, report: Report) -> None:
+        now = time.monotonic()
+        if report.name == "engine":
+            if report.pid != self._engine.pid:
+                return  # the last words of one that is gone
+            self._engine_ready = report.ready
+            if report.stats and (report.stats.steps != self._engine_steps or not _has_work(report)):
+                self._engine_steps, self._engine_moved_at = report.stats.steps, now
+            return
+        stub = self._stubs.get(report.name)
+        if stub is None or stub.pid != report.pid:
+            try:
+                pidfd = os.pidfd_open(report.pid)
+            except ProcessLookupError:
+                return
+            if _parent_of(report.pid) != self._server.pid:
+                os.close(pidfd)
+                return  # an orphan of a server that is gone
+            stub = self._stubs[report.name] = _Stub(report.pid, pidfd, False, "", now)
+        stub.ready, stub.reason, stub.heard_at = report.ready, report.reason, now
+
+    def _buried(self, process: KeptProcess) -> None:
+        """A child of ours ended."""
+        status = process.reap()
+        log.error("%s ended with status %d", process.name, status)
+        if process is self._engine:
+            self._engine_ready = False
+        elif process is self._server:
+            self._models_ready = False
+            self._drop_stubs()
+        else:
+            self._gateway_ready = False
+        process.plan_restart()
+
+    def _drop_stubs(self) -> None:
+        """The stubs of a dead server: they leave by themselves; see that they did before their memory is removed."""
+        for stub in self._stubs.values():
+            if not wait_for_exit(stub.pidfd, 1.0):
+                signal.pidfd_send_signal(stub.pidfd, signal.SIGKILL)
+                wait_for_exit(stub.pidfd, 1.0)
+            os.close(stub.pidfd)
+        self._stubs.clear()
+        self._models_ready = False
+
+    def _check_hangs(self) -> None:
+        now, limit = time.monotonic(), self._run.settings.engine.hang_seconds
+        if self._engine.running and self._engine_ready and now - self._engine_moved_at > limit:
+            log.error("the engine took no step for %.0f s with work queued: restarting it", limit)
+            self._engine_ready = False
+            self._engine_moved_at = now
+            self._engine.kill()
+        for name in ("generation", "attribution"):  # the resolver reports once
+            stub = self._stubs.get(name)
+            if stub and self._server.running and now - stub.heard_at > limit:
+                log.error("the %s stub said nothing for %.0f s: restarting tritonserver", name, limit)
+                self._server.kill()
+                self._drop_stubs()
+                return
+
+    def _start_what_is_due(self) -> None:
+        for process in self._kept:
+            if process.due is not None and process.due <= time.monotonic():
+                process.start()
+                if process is self._engine:
+                    self._engine_moved_at = time.monotonic()
+
+    def _look_for_readiness(self) -> None:
+        settings = self._run.settings
+        if not self._models_ready and len(self._stubs) == len(STUBS):
+            self._models_ready = _answers(f"http://{settings.host}:{settings.http_port}/v2/models/openlora/ready")
+        if not self._gateway_ready and self._gateway.running:
+            self._gateway_ready = _answers(f"http://{settings.host}:{settings.gateway_port}/health")
+        if not self._announced and not self.faults():
+            self._announced = True
+            self._on_ready(self._run)
+
+    # --- commands ----------------------------------------------------------------------------------------------------
+
+    def _make_run(self, settings: Settings) -> RunConfig:
+        root = self._state.root
+        return RunConfig(
+            settings=settings,
+            base=read_base_model(
+                settings.model.resolve(), root / "digests.json", settings.engine.max_model_len
+            ),
+            state_dir=root,
+            socket_dir=self._state.make_socket_dir(),
+            shm_prefix=f"openlora_{sha256(str(root).encode()).hexdigest()[:12]}_",
+            launcher_pid=os.getpid(),
+        )
+
+    def _engine_command(self) -> Command:
+        engine, run = self._run.settings.engine, self._run
+        names = "dtype device quantization max_batch max_step_tokens kv_cache_tokens max_adapters max_rank max_waiting"
+        config = EngineConfig(
+            kind=engine.kind,
+            model_dir=str(run.base.path),
+            base_digest=run.base.digest,
+            socket=run.socket("engine"),
+            status_socket=run.socket("status"),
+            launcher_pid=run.launcher_pid,
+            threads=engine.threads,
+            options={"max_model_len": run.base.max_model_len, **{name: getattr(engine, name) for name in names.split()}},
+        )
+        file = run.run_dir / "engine.json"
+        file.write_bytes(msgspec.json.encode(config))
+        environment = dict(os.environ)
+        if engine.python is not None:  # another interpreter finds our package here and its libraries at home
+            environment["PYTHONPATH"] = str(self._backends / "openlora_python")
+        python = str(engine.python or sys.executable)
+        return Command([python, "-m", "openlora.engine.host", str(file)], environment)
+
+    def _server_command(self) -> Command:
+        remove_shared_memory(self._run.shm_prefix)
+        write_run_key(self._run.run_key_path)  # tickets and chunks of before are worth nothing now
+        self._server_starts += 1
+        prefix = f"{self._run.shm_prefix}{self._server_starts}_"
+        return Command(
+            server_command(self._install, self._run, self._backends, prefix),
+            server_environment(self._install, self._run),
+        )
+
+    def _gateway_command(self) -> Command:
+        environment = {**os.environ, RUN_DIR_VARIABLE: str(self._run.run_dir)}
+        return Command([sys.executable, "-m", "openlora_gateway"], environment)
+
+    # --- beginning and end -------------------------------------------------------------------------------------------
+
+    def _start_reading_adapters(self) -> None:
+        """Tell the catalog which base model this is, then bring the adapters in beside everything else."""
+        settings, run = self._run.settings, self._run
+        base = BaseFacts(str(run.base.path), run.base.digest, settings.engine.max_rank)
+        with Catalog(run.catalog_path) as catalog:
+            catalog.set_base(base)
+
+        def read() -> None:
+            try:
+                for result in sync_directory(settings.adapters, run.state_dir, base):
+                    if result.status in ("quarantined", "failed"):
+                        log.warning("adapter %s is %s: %s", result.name, result.status, result.reason)
+            except OpenLoRAError as error:
+                log.error("adapters: %s", error)
+                self._adapters_fault = str(error)
+            else:
+                self._adapters_fault = ""
+
+        threading.Thread(target=read, name="adapters", daemon=True).start()
+
+    def _wait_for_ports(self) -> None:
+        settings = self._run.settings
+        until = time.monotonic() + PORT_SECONDS
+        for port in (
+            settings.http_port,
+            settings.grpc_port,
+            settings.metrics_port,
+            settings.health_port,
+            settings.gateway_port,
+        ):
+            while not _is_free(settings.host, port):
+                if time.monotonic() > until:
+                    raise Unavailable(f"port {port} on {settings.host} is taken by another program")
+                time.sleep(TICK_SECONDS)
+
+    def _shut_down(self) -> None:
+        for process in (self._gateway, self._server, self._engine):
+            try:
+                process.stop(STOP_SECONDS)
+            except OSError as error:
+                log.error("stopping %s: %s", process.name, error)
+        self._drop_stubs()
+        remove_shared_memory(self._run.shm_prefix)
+        shutil.rmtree(self._run.socket_dir, ignore_errors=True)
+        shutil.rmtree(self._run.run_dir, ignore_errors=True)
+
+
+def _has_work(report: Report) -> bool:
+    return bool(report.stats and (report.stats.running or report.stats.waiting))
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return None
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+

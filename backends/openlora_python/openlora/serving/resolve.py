@@ -1,0 +1,204 @@
+"""Step 1: what a request asks for, decided once. The only parser of client input.
+
+About a millisecond, never blocks on a download: parse, check the caller, pin every adapter to a version, pick the
+terms, and seal all of it into a ticket that only the generation step of this server run accepts.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from ..adapters.catalog import AdapterRecord, CatalogReader
+from ..attribution.blobs import terms_blob
+from ..attribution.card import Card, parse_card
+from ..config import RunConfig
+from ..engine.api import AdapterUse, Sampling
+from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument
+from .access import AccessPolicy
+from .adapter_spec import AdapterSpec, parse_adapters
+from .sampling_parameters import SamplingParameters, merge_sampling
+from .seal import Seal
+from .ticket import LIFETIME_SECONDS, TextOptions, Ticket, TicketOffice, text_digest
+
+# Tensors that are sampling parameters, and what vLLM calls them.
+SAMPLING_TENSORS = {
+    "max_tokens": "max_tokens",
+    "min_tokens": "min_tokens",
+    "top_k": "top_k",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "seed": "seed",
+    "stop_words": "stop",
+    "bad_words": "bad_words",
+}
+# Inputs that other servers' clients send; only values that change nothing are taken.
+NEUTRAL = {
+    "beam_width": (1,),
+    "num_return_sequences": (1,),
+    "length_penalty": (0.0, 1.0),
+    "guided_decoding_guide_type": ("",),
+    "guided_decoding_guide": ("",),
+}
+IGNORED_PARAMETERS = frozenset({"id"})  # the id of a generate body arrives as a parameter as well
+
+
+class ResolverStep:
+    """Turns the inputs of one request into a sealed ticket."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run = run
+        self._limits = run.settings.limits
+        self._policy = AccessPolicy(run.settings.access)
+        self._catalog = CatalogReader(run.catalog_path)
+        self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
+        self._base_card = _card(run.base.card)
+
+    def resolve(self, inputs: dict[str, Any], parameters: dict[str, Any], label: str) -> bytes:
+        """The ticket.
+
+        Args:
+            inputs: the tensors that were sent, as Python values (STRING as bytes, STRING[-1] as a list of bytes).
+            parameters: the request's parameters, where misspelt keys of a generate body end up.
+            label: the client's own request id.
+
+        Raises:
+            InvalidArgument, AdapterNotFound, AdapterInvalid.
+        """
+        text = inputs["text_input"]
+        _text(text, "text_input")
+        caller = self._policy.caller(_optional_text(inputs, "api_key"))
+        common = {
+            "request_id": secrets.token_hex(32),
+            "label": label,
+            "caller": caller,
+            "expires_at": time.time() + LIFETIME_SECONDS,
+            "text_sha256": text_digest(text),
+        }
+        if inputs.get("stop", False):
+            return self._office.issue(Ticket(kind="stop", **common))
+        self._refuse_unsupported(inputs)
+        sampling = self._sampling(inputs, parameters)
+        records = [(spec, self._pinned(caller, spec)) for spec in self._asked_for(inputs, sampling)]
+        digests = [record.digest for _, record in records]
+        if len(set(digests)) != len(digests):
+            raise InvalidArgument("two of the names are the same adapter", field="adapters")
+        return self._office.issue(
+            Ticket(
+                kind="generate",
+                **common,
+                stream=bool(inputs.get("stream", False)),
+                timeout_ms=min(sampling.timeout_ms or self._limits.timeout_ms, self._limits.max_timeout_ms),
+                priority=max(sampling.priority, self._limits.highest_priority),
+                adapters=tuple(
+                    AdapterUse(record.digest, str(self._run.adapter_cache / record.digest), spec.weight)
+                    for spec, record in records
+                ),
+                sampling=self._for_engine(inputs, sampling),
+                text=TextOptions(
+                    stop=sampling.stop or (),
+                    bad_words=sampling.bad_words or (),
+                    include_stop=sampling.include_stop_str_in_output,
+                    skip_special_tokens=sampling.skip_special_tokens,
+                    add_special_tokens=sampling.add_special_tokens,
+                    echo=not inputs.get("exclude_input_in_output", True),
+                ),
+                terms=self._terms([record for _, record in records]),
+            )
+        )
+
+    def _sampling(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> SamplingParameters:
+        tensors: dict[str, Any] = {}
+        for tensor, name in SAMPLING_TENSORS.items():
+            if tensor in inputs:
+                value = inputs[tensor]
+                tensors[name] = [_text(item, tensor) for item in value] if isinstance(value, list) else value
+        named = {name: value for name, value in parameters.items() if name not in IGNORED_PARAMETERS}
+        sampling = merge_sampling(tensors, _optional_text(inputs, "sampling_parameters"), named)
+        if sampling.max_tokens > self._limits.max_tokens:
+            raise InvalidArgument(
+                f"at most {self._limits.max_tokens} on this server, got {sampling.max_tokens}", field="max_tokens"
+            )
+        if sampling.min_tokens > sampling.max_tokens:
+            raise InvalidArgument(
+                f"at most max_tokens ({sampling.max_tokens}), got {sampling.min_tokens}", field="min_tokens"
+            )
+        return sampling
+
+    def _for_engine(self, inputs: dict[str, Any], sampling: SamplingParameters) -> Sampling:
+        wants_logprobs = any(inputs.get(flag) for flag in ("return_log_probs", "return_logprobs"))
+        wants_logprobs = wants_logprobs or bool(inputs.get("return_cumulative_logprob"))
+        logprobs = sampling.logprobs if sampling.logprobs is not None else (0 if wants_logprobs else None)
+        return Sampling(
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=max(sampling.top_k, 0),
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            seed=secrets.randbits(53) if sampling.seed is None else sampling.seed,
+            eos_token_ids=() if sampling.ignore_eos else self._run.base.eos_token_ids,
+            stop_token_ids=sampling.stop_token_ids or (),
+            logprobs=logprobs,
+        )
+
+    def _asked_for(self, inputs: dict[str, Any], sampling: SamplingParameters) -> tuple[AdapterSpec, ...]:
+        spec = _optional_text(inputs, "adapters")
+        if sampling.lora_name is not None:
+            if spec is not None:
+                raise InvalidArgument("given twice with this request, as adapters and as lora_name", field="adapters")
+            spec = sampling.lora_name
+        return () if spec is None else parse_adapters(spec)
+
+    def _pinned(self, caller: str, spec: AdapterSpec) -> AdapterRecord:
+        """The exact version. What a caller may not use gets the same words as what does not exist."""
+        unknown = AdapterNotFound(f"no adapter {spec.name!r}" + (f" version {spec.version!r}" if spec.version else ""))
+        if not self._policy.allows(caller, spec.name):
+            raise unknown
+        try:
+            return self._catalog.lookup(spec.name, spec.version)
+        except AdapterNotFound:
+            raise unknown from None
+        except AdapterInvalid as error:
+            raise AdapterInvalid(f"adapter {spec.name!r}: {error.message}") from error
+
+    def _terms(self, records: list[AdapterRecord]) -> dict[str, Any]:
+        return terms_blob(
+            (self._run.base.digest, self._base_card), [(record.digest, _card(record.card)) for record in records]
+        )
+
+    def _refuse_unsupported(self, inputs: dict[str, Any]) -> None:
+        for name, neutral in NEUTRAL.items():
+            if name in inputs:
+                value = inputs[name]
+                value = _text(value, name) if isinstance(value, bytes) else value
+                if value not in neutral:
+                    raise InvalidArgument(f"not supported, only {neutral[0]!r} is taken, got {value!r:.80}", field=name)
+        end_id = inputs.get("end_id")
+        if end_id is not None and end_id not in (-1, *self._run.base.eos_token_ids):
+            raise InvalidArgument(
+                f"the model ends with {list(self._run.base.eos_token_ids)}, got {end_id}; use stop_token_ids",
+                field="end_id",
+            )
+
+
+def _card(document: dict[str, Any] | None) -> Card | None:
+    return parse_card(document) if document else None
+
+
+def _text(value: bytes, field: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"not UTF-8: byte {error.start} is {value[error.start]:#04x}", field=field) from error
+
+
+def _optional_text(inputs: dict[str, Any], name: str) -> str | None:
+    return _text(inputs[name], name) if name in inputs else None

@@ -1,0 +1,64 @@
+"""`/v1/models`: the base model, and the adapters that a caller may use."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from openlora.adapters.catalog import AdapterRecord, CatalogReader
+from openlora.config import RunConfig
+from openlora.errors import AdapterNotFound
+from openlora.serving.access import AccessPolicy
+
+from .translate import BASE
+
+NO_OWNER = "openlora"  # of models without a card
+
+
+class ModelList:
+    """Reads the catalog, which a running server's adapters come from."""
+
+    def __init__(self, run: RunConfig, policy: AccessPolicy) -> None:
+        self._run = run
+        self._policy = policy
+        self._started = int(time.time())
+        self._catalog: CatalogReader | None = None  # opened when first asked for: it may still be in the making
+
+    def entries(self, caller: str) -> list[dict[str, Any]]:
+        """OpenAI's model objects: base first, then every adapter whose newest version is ready, by name.
+
+        Raises:
+            Unavailable: there is no catalog yet.
+        """
+        newest = {record.name: record for record in self._records()}  # versions ascend
+        ready = [record for record in newest.values() if record.status == "ready"]
+        allowed = [record for record in ready if self._policy.allows(caller, record.name)]
+        return [self._base(), *(self._adapter(record) for record in allowed)]
+
+    def entry(self, caller: str, name: str) -> dict[str, Any]:
+        """One of them.
+
+        Raises:
+            AdapterNotFound: not among them.
+        """
+        for entry in self.entries(caller):
+            if entry["id"] == name:
+                return entry
+        raise AdapterNotFound(f"no adapter {name!r:.140}")
+
+    def _records(self) -> list[AdapterRecord]:
+        if self._catalog is None:
+            self._catalog = CatalogReader(self._run.catalog_path)
+        return sorted(self._catalog.records(), key=lambda record: (record.name, record.version))
+
+    def _base(self) -> dict[str, Any]:
+        base = self._run.base
+        return _entry(BASE, self._started, base.card, base.name, None)
+
+    def _adapter(self, record: AdapterRecord) -> dict[str, Any]:
+        return _entry(record.name, record.added_at, record.card, self._run.base.name, BASE)
+
+
+def _entry(name: str, created: int, card: dict[str, Any] | None, root: str, parent: str | None) -> dict[str, Any]:
+    owner = card["owner"] if card else NO_OWNER
+    return {"id": name, "object": "model", "created": created, "owned_by": owner, "root": root, "parent": parent}

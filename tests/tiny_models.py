@@ -1,0 +1,206 @@
+"""Tiny random models of every supported family, adapters for them, and an engine that collects its outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling, TokenLogprob
+from openlora.engine.torch_engine import TorchEngine
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+# Models this small gain nothing from a second thread, and lose a lot to it where cores are shared.
+torch.set_num_threads(1)
+
+VOCAB = 128
+WINDOW = 12  # shorter than the prompts, so that windows matter
+TIMEOUT_SECONDS = 60  # of a request; reached only when something hangs
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")
+
+
+def config_of(family: str) -> PreTrainedConfig:
+    """A configuration that uses what sets the family apart: windows, soft caps, query scaling, fused projections."""
+    match family:
+        case "llama":
+            return LlamaConfig(**_SHAPE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+        case "qwen2":
+            return Qwen2Config(
+                **_SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, layer_types=_LAYER_TYPES
+            )
+        case "qwen3":
+            return Qwen3Config(**_SHAPE)
+        case "mistral":
+            return MistralConfig(**_SHAPE, sliding_window=WINDOW)
+        case "gemma2":
+            return Gemma2Config(
+                **_SHAPE,
+                sliding_window=WINDOW,
+                layer_types=_LAYER_TYPES,
+                query_pre_attn_scalar=24,
+                attn_logit_softcapping=5.0,
+                final_logit_softcapping=20.0,
+                tie_word_embeddings=False,
+            )
+        case "gemma3_text":
+            return Gemma3TextConfig(
+                **_SHAPE,
+                sliding_window=WINDOW,
+                layer_types=_LAYER_TYPES,
+                query_pre_attn_scalar=24,
+                tie_word_embeddings=False,
+            )
+        case "phi3":
+            return Phi3Config(**_SHAPE, sliding_window=WINDOW)
+    raise AssertionError(f"no tiny {family}")
+
+
+def make_model(directory: Path, family: str = "llama", **changes: Any) -> str:
+    """Save a random fp32 model of the family; the same one every time."""
+    config = config_of(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return str(directory)
+
+
+def make_adapter(model_dir: str, directory: Path, seed: int, **settings: Any) -> str:
+    """Save a random adapter whose effect shows; `settings` are those of `LoraConfig`."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.3)
+    adapted.save_pretrained(directory)
+    return str(directory)
+
+
+def projections(family: str) -> list[str]:
+    """All projections of a family by name."""
+    if family == "phi3":
+        return ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def digest_of(path: str) -> str:
+    return hashlib.sha256(path.encode()).hexdigest()
+
+
+def use(path: str, weight: float = 1.0) -> AdapterUse:
+    return AdapterUse(digest_of(path), path, round(weight * WEIGHT_ONE))
+
+
+def make_prompt(seed: int, length: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
+
+
+class Answer:
+    """Everything an engine said about one request."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason = ""
+        self.error = ""
+
+
+class Engine:
+    """A running `TorchEngine` and the answers it gave, for a `with` block.
+
+    `gate`, when given, is called on the engine's thread after each step with that step's outputs: a test can hold the
+    engine between two steps.
+    """
+
+    def __init__(self, model_dir: str, gate=None, **settings: Any) -> None:
+        defaults = {"dtype": "float32", "device": "cpu", "max_model_len": 96, "kv_cache_tokens": 4096}
+        self.engine = TorchEngine(model_dir, "0" * 64, **{**defaults, **settings})
+        self.answers: dict[str, Answer] = {}
+        self._gate = gate
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> Engine:
+        self.engine.start(self._emit)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.shutdown()
+        assert self.engine.failed is None
+
+    def _emit(self, outputs: list[EngineOutput]) -> None:
+        with self._changed:
+            for output in outputs:
+                answer = self.answers.setdefault(output.request_id, Answer())
+                assert not answer.finish_reason, f"an output of {output.request_id} after its last one"
+                answer.ids += output.token_ids
+                answer.logprobs += output.logprobs or []
+                answer.finish_reason, answer.error = output.finish_reason, output.error
+            self._changed.notify_all()
+        if self._gate is not None:
+            self._gate(outputs)
+
+    def submit(
+        self, request_id: str, prompt: Sequence[int], adapters: Sequence[AdapterUse] = (), priority: int = 0, **sampling: Any
+    ) -> None:
+        """Greedy unless `sampling` says otherwise."""
+        settings = Sampling(**{"temperature": 0.0, "max_tokens": 12, **sampling})
+        self.engine.submit(EngineRequest(request_id, tuple(prompt), tuple(adapters), settings, priority))
+
+    def until(self, happened) -> None:
+        """Wait until `happened(answers)`."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: happened(self.answers), TIMEOUT_SECONDS), "the engine hangs"
+
+    def wait(self, request_id: str) -> Answer:
+        self.until(lambda answers: request_id in answers and answers[request_id].finish_reason)
+        return self.answers[request_id]
+
+    def ask(self, prompt: Sequence[int], adapters: Sequence[AdapterUse] = (), **sampling: Any) -> Answer:
+        """Submit and wait."""
+        request_id = f"ask-{len(self.answers)}"
+        self.submit(request_id, prompt, adapters, **sampling)
+        return self.wait(request_id)
+
+    def assert_nothing_held(self) -> None:
+        """No row, block, reservation or pin is left once everything is answered."""
+        scheduler = self.engine._scheduler
+        assert (len(scheduler.running), len(scheduler.waiting)) == (0, 0)
+        assert scheduler.cache.used_blocks == 0
+        assert scheduler.cache.reserved_blocks == 0
+        assert scheduler.slots.pinned == 0
+        assert self.engine._live == {}
