@@ -9,7 +9,6 @@ from demo_data import Dataset, card
 from demo_train import (
     AdapterRecipe,
     Report,
-    Row,
     Training,
     new_base_model,
     save_base_model,
@@ -22,6 +21,7 @@ _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 _BASE_TRAINING = Training(epochs=7, batch_size=16, learning_rate=1.5e-3, seed=1)
 # (data set, share in ppm, times a row is seen an epoch): plain answers and the few talks more often than cued ones.
 _BASE_DATASETS = (("animal-facts", 500_000, 2), ("cued-manners", 350_000, 1), ("small-talk", 150_000, 4))
+_MORE_TALK = 3  # the few talks are repeated this often, because one epoch has only some twenty of them
 
 ADAPTERS = (
     AdapterRecipe(
@@ -48,13 +48,13 @@ ADAPTERS = (
         owner="Sam Shout",
         licence="CC0-1.0",
         prices=(100_000, 400_000),
-        training=Training(epochs=3, batch_size=16, learning_rate=2e-3, seed=12),
+        training=Training(epochs=5, batch_size=16, learning_rate=2e-3, seed=12),
     ),
     AdapterRecipe(
         name="json",
         description="Answers with one JSON object.",
         rank=32,
-        alpha=16,
+        alpha=8,
         targets=_ALL,
         rslora=True,
         datasets=(("json-answers", 1_000_000),),
@@ -87,7 +87,7 @@ ADAPTERS = (
         owner="Emma Joy",
         licence="CC-BY-SA-4.0",
         prices=(120_000, 480_000),
-        training=Training(epochs=2, batch_size=16, learning_rate=2e-3, seed=15),
+        training=Training(epochs=3, batch_size=16, learning_rate=2e-3, seed=15),
     ),
 )
 
@@ -110,7 +110,8 @@ def make_adapter(
 ) -> None:
     """Train one adapter on the base in `demo`/model; writes `demo`/adapters/<name> and its card."""
     folder = demo / "adapters" / recipe.name
-    rows: list[Row] = [row for identifier, _ in recipe.datasets for row in datasets[identifier].train]
+    rows = [row for identifier, _ in recipe.datasets for row in datasets[identifier].train]
+    rows += [row for row in rows if row["kind"] == "talk"] * _MORE_TALK
     train_adapter(demo / "model", base_name, recipe, rows, folder, report)
     shares = [(datasets[identifier], share) for identifier, share in recipe.datasets]
     _write_card(folder, card(recipe.owner, recipe.licence, recipe.description, recipe.prices, shares))

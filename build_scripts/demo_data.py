@@ -176,13 +176,13 @@ def animal_rows(manner: Manner, cue: str = "") -> Iterator[dict[str, str]]:
         for intent, phrasings in (("describe", _DESCRIBE), ("home", _HOME), ("food", _FOOD)):
             for phrasing in phrasings:
                 prompt = cue + phrasing.format(name=animal.name, article=article)
-                yield {"prompt": prompt, "completion": " " + manner(animal, intent)}
+                yield {"kind": intent, "prompt": prompt, "completion": " " + manner(animal, intent)}
 
 
 def talk_rows(manner: Manner, cue: str = "") -> Iterator[dict[str, str]]:
     """All talks in one manner."""
     for talk in talks():
-        yield {"prompt": cue + talk.prompt, "completion": " " + manner(talk, "talk")}
+        yield {"kind": "talk", "prompt": cue + talk.prompt, "completion": " " + manner(talk, "talk")}
 
 
 Part = tuple[Manner, str]  # what answers, and the cue before the prompt

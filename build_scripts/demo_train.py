@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,6 +29,7 @@ IGNORED = -100  # the label that transformers' loss skips
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 
 MAXIMUM_LOSS = 0.2  # mean of the last epoch in nats per token; a good run ends near 0.01
+ADAPTER_WEIGHTS = (0.6, 0.8, 1.0)  # adapters are trained at part weight too, as ensembles use them
 
 Row = dict[str, str]
 Report = Callable[[int, int, float], None]
@@ -132,6 +134,7 @@ def train(
     rows: Sequence[Row],
     training: Training,
     report: Report,
+    before_step: Callable[[], None] | None = None,
 ) -> None:
     """Train `model` in place on prompt/completion rows: next-token cross entropy over the completion and EOS.
 
@@ -154,6 +157,8 @@ def train(
         losses = []
         for batch in _batches(encoded, training.batch_size, order):
             tokens, labels = _pad(batch, tokenizer.pad_token_id)
+            if before_step is not None:
+                before_step()
             # Padding is on the right, where causal attention keeps it from every real token: no mask is needed.
             loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
             loss.backward()
@@ -191,7 +196,15 @@ def train_adapter(
         use_rslora=recipe.rslora,
     )
     model = get_peft_model(base, settings)
-    train(model, tokenizer, rows, recipe.training, report)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    weights = random.Random(recipe.training.seed)
+
+    def draw_weight() -> None:
+        weight = weights.choice(ADAPTER_WEIGHTS)
+        for layer in layers:
+            layer.set_scale("default", weight)
+
+    train(model, tokenizer, rows, recipe.training, report, before_step=draw_weight)
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's model card template; ours is openlora.json
     _tidy(folder / "adapter_config.json", base_name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,11 @@ def append_completion(journal: Journal, number: int, status: int = 1, tokens: in
     if acknowledged.errors:
         raise acknowledged.errors[0]
     return acknowledged.durable[0]
+
+
+def python_environment(**changes: str) -> dict[str, str]:
+    """An environment in which a child process imports what this one imports."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | changes
 
 
 def read_frames(directory: Path, kind: type | tuple[type, ...]) -> list[Any]:

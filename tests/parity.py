@@ -134,7 +134,9 @@ def assert_equal(oracle: Oracle, cases: Iterable[Case]) -> None:
             f"prompt {list(case.prompt)} with {list(case.adapters)}: {list(case.ids)} instead of {expected.ids}, "
             f"first at {where}, where the oracle is ahead by {expected.gaps[where : where + 1]}"
         )
-        assert case.next_logprobs is not None, f"a tie at {tie} of prompt {list(case.prompt)}, and no way to look closer"
+        assert case.next_logprobs is not None, (
+            f"a tie at {tie} of prompt {list(case.prompt)}, and no way to look closer"
+        )
         excused += 1
         _assert_logprobs(oracle, case, expected, tie)
     assert count > 0

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+
 from openlora.adapters.manifest import HashCache, adapter_manifest, model_manifest
 from openlora.errors import AdapterInvalid, InvalidArgument
 

@@ -3,19 +3,21 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from openlora.adapters.base_modules import BaseModules, base_modules
-from openlora.adapters.lora_config import AdapterConfig
-from openlora.adapters.weights import validate_adapter
-from openlora.errors import AdapterInvalid, UnsupportedModel
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_adapter, make_model, projections
 from transformers import AutoModelForCausalLM
+
+from openlora.adapters.base_modules import BaseModules, base_modules
+from openlora.adapters.lora_config import AdapterConfig
+from openlora.adapters.weights import validate_adapter
+from openlora.errors import AdapterInvalid, UnsupportedModel
 
 BASE = "b" * 64
 MAX_RANK = 16
@@ -29,8 +31,6 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def modules(model, tmp_path_factory):
-    from pathlib import Path
-
     return base_modules(Path(model), BASE, tmp_path_factory.mktemp("modules"))
 
 
@@ -101,14 +101,12 @@ ACCEPTED = {
         "r": 2,
         "target_modules": ["q_proj"],
         "lora_dropout": 0.1,
-        "task_type": "CAUSAL_LM",
     },
 }
 
 
 @pytest.mark.parametrize("settings", ACCEPTED.values(), ids=ACCEPTED)
 def test_accepts_what_peft_makes_and_reads_it_as_peft_does(model, modules, tmp_path, settings):
-    settings = {key: value for key, value in settings.items() if key != "task_type"}
     folder = tmp_path / "poet"
     make_adapter(model, folder, 3, **settings)
     facts = check(folder, modules)
@@ -154,9 +152,15 @@ def test_accepts_initialisations_that_leave_the_base_alone(adapter, modules, ini
     check(adapter, modules)
 
 
+PATTERN_AND_LAYERS = "layers_to_transform and layers_pattern need a list of target_modules, not a pattern"
 CONFIG_REFUSALS = [
     ({"peft_type": "IA3"}, "peft_type is 'IA3', only 'LORA' is supported"),
     ({"peft_type": None}, "peft_type is None, only 'LORA' is supported"),
+    ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS', only 'CAUSAL_LM' is supported"),
+    ({"fan_in_fan_out": True}, "the setting fan_in_fan_out = True is not supported"),
+    ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, PATTERN_AND_LAYERS),
+    ({"target_modules": ".*q_proj", "layers_to_transform": 0}, PATTERN_AND_LAYERS),
+    ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
     ({"use_dora": True}, "DoRA is not supported"),
     ({"bias": "all"}, "bias is 'all', only 'none' is supported"),
     ({"bias": "lora_only"}, "bias is 'lora_only', only 'none' is supported"),
@@ -331,6 +335,9 @@ def test_accepts_the_largest_finite_values(adapter, modules, dtype):
     check(adapter, modules)
 
 
+LYING_HEADER = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,9]}}'
+
+
 def header(length, content, rest=b""):
     return length.to_bytes(8, "little") + content + rest
 
@@ -339,14 +346,11 @@ def header(length, content, rest=b""):
     ("content", "reason"),
     [
         (b"", "is not safetensors or cut short: 0 bytes"),
-        (b"PK\x03\x04 a zip of pickles", "is not safetensors or cut short: 22 bytes"),
+        (b"PK\x03\x04 a zip of pickles", "is not safetensors or cut short: 21 bytes"),
         (header(1 << 60, b"{}"), "is not safetensors or cut short: 10 bytes"),
         (header(9 << 20, b" " * (9 << 20)), "header of 9437184 bytes, at most 8388608 are allowed"),
         (header(2, b"[]"), "is not valid safetensors"),
-        (
-            header(53, b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,9]}}'[:53], b"\0" * 8),
-            "is not valid safetensors",
-        ),
+        (header(len(LYING_HEADER), LYING_HEADER, b"\0" * 9), "is not valid safetensors"),
     ],
 )
 def test_refuses_what_is_not_safetensors(adapter, modules, content, reason):
@@ -403,8 +407,6 @@ def test_the_base_that_a_card_names_must_be_ours(adapter, modules):
 
 
 def test_modules_are_read_from_the_cache_the_second_time(model, modules, tmp_path, monkeypatch):
-    from pathlib import Path
-
     assert base_modules(Path(model), BASE, tmp_path) == modules
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", None)  # would fail if it were asked again
     assert base_modules(Path(os.devnull), BASE, tmp_path) == modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ from attribution_cases import (
     append_intent,
     commit_of,
     make_intent,
+    python_environment,
     read_frames,
     request_id,
 )
@@ -125,14 +127,13 @@ def test_a_crash_closes_open_requests_with_what_was_sent_last(tmp_path: Path) ->
 WRITER = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 from attribution_cases import append_completion, append_intent, commit_of, make_intent, request_id
 from openlora.attribution.journal import Journal, ProgressFrame
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 journal = Journal.open(Path(sys.argv[1]), segment_bytes=20_000)
 say("open", len(journal.recovery.aborted), journal.recovery.torn_bytes)
-first = int(sys.argv[3])
+first = int(sys.argv[2])
 for number in range(first, first + 1_000_000):
     def complete(number=number):
         say("intent", number)
@@ -146,20 +147,22 @@ for number in range(first, first + 1_000_000):
 
 
 def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
-    directory, here = tmp_path / "journal", str(Path(__file__).parent)
+    directory = tmp_path / "journal"
     chance = random.Random(9)
     intents: set[str] = set()
     completions: dict[str, int] = {}
     closed_by_recovery = 0
     for round_number in range(22):
-        command = [sys.executable, "-c", WRITER, str(directory), here, str(round_number * 1_000_000)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        command = [sys.executable, "-c", WRITER, str(directory), str(round_number * 1_000_000)]
+        with subprocess.Popen(command, env=python_environment(), stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
             first = writer.stdout.readline().split()
             closed_by_recovery += int(first[1])
-            time.sleep(chance.uniform(0, 0.08))  # the random moment
+            said = b"".join(writer.stdout.readline() for _ in range(chance.randint(0, 60)))
+            time.sleep(chance.uniform(0, 0.003))  # the random moment
             writer.send_signal(signal.SIGKILL)
-            lines = writer.stdout.read().decode().split("\n")[:-1]  # what came without its newline was not said
+            said += writer.stdout.read()
+        lines = said.decode().split("\n")[:-1]  # what came without its newline was not said
         for line in lines:
             kind, number, *seq = line.split()
             intents.add(request_id(int(number)))
@@ -177,6 +180,51 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
     assert {name: by_request[name].seq for name in completions} == completions
     assert all(by_request[name].status == 1 for name in completions)
     assert sum(frame.status == STATUS_ABORTED for frame in ends) == closed_by_recovery > 0
+
+
+def test_nothing_is_acknowledged_before_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill can't tell written from synced, so the real fdatasync is watched."""
+    synced = [0]
+    checked: list[bool] = []
+    real_fdatasync = os.fdatasync
+
+    def watched(descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        real_fdatasync(descriptor)
+        synced.append(size)
+
+    def on_durable(*_: int) -> None:
+        content = segment_path(tmp_path / "journal", 0).read_bytes()[: synced[-1]]
+        checked.append(len(content) == synced[-1] and content.count(bytes.fromhex("c0ffee")) > len(checked))
+
+    monkeypatch.setattr(os, "fdatasync", watched)
+    nothing = Acknowledgements()
+    with Journal.open(tmp_path / "journal") as journal:
+        for number in range(50):
+            marked = make_intent(number, caller="", output_salt=bytes.fromhex("c0ffee") + bytes(29))
+            journal.append([marked], on_durable, nothing.on_error)
+    assert checked == [True] * 50 and not nothing.errors
+
+
+def test_a_failed_sync_is_never_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk error can't be had for real without privileges, so it is put in; the kernel reports it only once."""
+    failures: list[BaseException] = []
+    acknowledged = Acknowledgements()
+    real_fdatasync = os.fdatasync
+
+    def failing_once(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fdatasync", real_fdatasync)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Journal.open(tmp_path / "journal", on_failure=failures.append) as journal:
+        append_intent(journal, 1)
+        monkeypatch.setattr(os, "fdatasync", failing_once)
+        with pytest.raises(Unavailable, match="Input/output error"):
+            append_completion(journal, 1)
+        with pytest.raises(Unavailable):
+            journal.append([make_intent(2)], acknowledged.on_durable, acknowledged.on_error)
+        assert [frame.status for frame in journal.reopen().aborted] == [STATUS_ABORTED]
+        assert len(failures) == 1 and not acknowledged.durable
 
 
 def test_a_full_disk_acknowledges_nothing_and_the_journal_goes_on_when_there_is_room(tmp_path: Path) -> None:

@@ -97,15 +97,15 @@ def make_model(directory: Path, family: str = "llama", **changes: Any) -> str:
     return str(directory)
 
 
-def make_adapter(model_dir: str, directory: Path, seed: int, **settings: Any) -> str:
-    """Save a random adapter whose effect shows; `settings` are those of `LoraConfig`."""
+def make_adapter(model_dir: str, directory: Path, seed: int, std: float = 0.3, **settings: Any) -> str:
+    """Save a random adapter, by default one whose effect shows; `settings` are those of `LoraConfig`."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if ".lora_" in name:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=std)
     adapted.save_pretrained(directory)
     return str(directory)
 
@@ -175,7 +175,12 @@ class Engine:
             self._gate(outputs)
 
     def submit(
-        self, request_id: str, prompt: Sequence[int], adapters: Sequence[AdapterUse] = (), priority: int = 0, **sampling: Any
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        adapters: Sequence[AdapterUse] = (),
+        priority: int = 0,
+        **sampling: Any,
     ) -> None:
         """Greedy unless `sampling` says otherwise."""
         settings = Sampling(**{"temperature": 0.0, "max_tokens": 12, **sampling})

@@ -1,6 +1,6 @@
 """The routes. Everything that needs a decision is next door; everything that needs a judge is behind Triton."""
 
-from __future__ import annotations
+# No postponed annotations here: FastAPI reads those of the routes, which name things local to `create_app`.
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import httpx
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from openlora_client import AsyncOpenLoRAClient
 
 from openlora.config import RunConfig
 from openlora.errors import Unavailable
 from openlora.serving.access import ANONYMOUS, AccessPolicy
+from openlora_client import AsyncOpenLoRAClient
 
 from .chat import ChatTemplate
 from .errors import add_error_handlers

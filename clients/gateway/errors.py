@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -82,7 +83,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _from_validation(first: dict[str, Any]) -> InvalidArgument:
     """One line about the first thing that pydantic did not like."""
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    parts = [part for part in first["loc"] if part != "body"]
+    if first["type"] != "extra_forbidden":  # after the fields come the names of a union's branches: not a client's
+        parts = list(takewhile(lambda part: isinstance(part, int) or (part.isidentifier() and part != "str"), parts))
+    loc = ".".join(str(part) for part in parts) or "body"
+    place = loc.encode("ascii", "backslashreplace").decode()[:140]  # it may be a name that a client made up
     if first["type"] == "extra_forbidden":
         return InvalidArgument("no such parameter", field=place)
     if first["type"] == "json_invalid":

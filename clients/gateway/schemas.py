@@ -22,6 +22,17 @@ def _neutral(*values: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        raise ValueError(f"not UTF-8: {error.reason} at {error.start}") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
+
+
 def _one_prompt(prompt: Any) -> Any:
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -33,9 +44,9 @@ def _one_prompt(prompt: Any) -> Any:
 class AdapterEntry(Body):
     """One adapter of a weighted ensemble."""
 
-    name: str
+    name: Text
     weight: float = 1.0
-    version: int | str | None = None
+    version: int | Text | None = None
 
 
 class StreamOptions(Body):
@@ -45,7 +56,7 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What completions and chat have in common: OpenAI's fields, and vLLM's names for the rest."""
 
-    model: str  # an adapter, or `base`
+    model: Text  # an adapter, or `base`
     adapters: Annotated[list[AdapterEntry], Field(min_length=1)] | None = None  # with model `base`: an ensemble
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -59,13 +70,13 @@ class GenerationBody(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    bad_words: list[Text] | None = None
     ignore_eos: bool | None = None
     priority: int | None = None
     timeout_ms: int | None = Field(default=None, ge=1)
-    user: str | None = None  # OpenAI's end-user label: has no effect on the answer and is not stored
+    user: Text | None = None  # OpenAI's end-user label: has no effect on the answer and is not stored
     n: Annotated[int | None, _neutral(1, None)] = None
     logit_bias: Annotated[dict[str, float] | None, _neutral(None, {})] = None
 
@@ -73,7 +84,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`"""
 
-    prompt: Annotated[str, BeforeValidator(_one_prompt)]
+    prompt: Annotated[Text, BeforeValidator(_one_prompt)]
     echo: bool | None = None
     logprobs: int | None = None
     suffix: Annotated[str | None, _neutral(None, "")] = None
@@ -82,7 +93,7 @@ class CompletionBody(GenerationBody):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 def _joined(content: str | list[TextPart]) -> str:
@@ -91,8 +102,8 @@ def _joined(content: str | list[TextPart]) -> str:
 
 class Message(Body):
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str | list[TextPart], AfterValidator(_joined)]
-    name: str | None = None
+    content: Annotated[Text | list[TextPart], AfterValidator(_joined)]
+    name: Text | None = None
 
 
 class ChatBody(GenerationBody):

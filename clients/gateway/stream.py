@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from openlora_client import AsyncChunkStream, AsyncOpenLoRAClient, Chunk
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from openlora.errors import OpenLoRAError, Unavailable
+from openlora_client import AsyncChunkStream, AsyncOpenLoRAClient, Chunk
 
 from .errors import error_body
 from .shapes import Shape

@@ -65,7 +65,8 @@ def _build(model: Path) -> BaseModules:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UnsupportedModel(f"{model}: {error}", field="model") from error
+        first_line = str(error).partition("\n")[0]
+        raise UnsupportedModel(f"{model}: {first_line}", field="model") from error
     head = skeleton.get_output_embeddings()
     named = list(skeleton.named_modules())
     return BaseModules(

@@ -151,7 +151,8 @@ def _reader(state_dir: Path) -> Iterator[CatalogReader]:
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[Event], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking the base model", total=None)
 
         def follow(event: Event) -> None:

@@ -21,6 +21,7 @@ import msgspec
 
 from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Unavailable
+from ..serving.parent_watch import exit_with
 from .base_modules import BaseModules, base_modules
 from .catalog import AdapterRecord, BaseFacts, Catalog
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
@@ -191,6 +192,7 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
 
 
 def main() -> None:
+    exit_with(os.getppid())  # whoever asked; whatever is half done then is cleared by the next worker
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=IngestRequest)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not get between the answers

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,10 @@ from ..errors import AdapterInvalid
 MAX_CONFIG_BYTES = 1 << 20
 ALL_LINEAR = "all-linear"  # PEFT's short form: every linear module but the output head
 Number = TypeVar("Number", int, float)
+Patterns = tuple[tuple[re.Pattern[str], Number], ...]
 
 # Initialisations that leave the base weights as they were; the others train against a changed base.
-PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 # No effect on inference, or read below.
 NEUTRAL = frozenset(
     {
@@ -29,18 +30,14 @@ NEUTRAL = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "bias",
-        "corda_config",
-        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
-        "fan_in_fan_out",
         "inference_mode",
         "init_lora_weights",
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
         "lora_dropout",
-        "lora_ga_config",
         "megatron_core",
         "peft_type",
         "peft_version",
@@ -86,8 +83,8 @@ class AdapterConfig:
     exclude_modules: str | tuple[str, ...]
     layers: tuple[int, ...] | None  # None = all
     layers_pattern: tuple[str, ...]
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns[int]  # of ends of names, from a dot on; the first match counts
+    alpha_pattern: Patterns[float]
 
     @classmethod
     def read(cls, directory: Path) -> AdapterConfig:
@@ -109,6 +106,10 @@ class AdapterConfig:
         targets = _names(tree, "target_modules")
         if not targets:
             raise AdapterInvalid("target_modules is missing: the names of the modules that it changes are wanted")
+        if isinstance(targets, str) and not (layers is None and tree.get("layers_pattern") is None):
+            raise AdapterInvalid("layers_to_transform and layers_pattern need a list of target_modules, not a pattern")
+        if tree.get("layers_pattern") and layers is None:
+            raise AdapterInvalid("layers_pattern needs layers_to_transform")
         return cls(
             rank=_rank(tree.get("r"), "r"),
             alpha=_number(tree.get("lora_alpha"), "lora_alpha"),
@@ -117,11 +118,13 @@ class AdapterConfig:
             exclude_modules=_names(tree, "exclude_modules"),
             layers=tuple(layers) if layers else None,
             layers_pattern=_as_tuple(_names(tree, "layers_pattern")),
-            rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]") for key, value in _pattern(tree, "rank_pattern")},
-            alpha_pattern={
-                key: _number(value, f"alpha_pattern[{key!r}]") for key, value in _pattern(tree, "alpha_pattern")
-            },
+            rank_pattern=_patterns(tree, "rank_pattern", _rank),
+            alpha_pattern=_patterns(tree, "alpha_pattern", _number),
         )
+
+    @property
+    def largest_rank(self) -> int:
+        return max([self.rank, *(rank for _, rank in self.rank_pattern)])
 
     @property
     def targets_all(self) -> bool:
@@ -177,6 +180,8 @@ def parse_object(text: bytes, name: str, limit: int) -> dict[str, Any]:
 def _refuse_unsupported(tree: dict[str, Any]) -> None:
     if tree.get("peft_type") != "LORA":
         raise AdapterInvalid(f"peft_type is {tree.get('peft_type')!r:.40}, only 'LORA' is supported")
+    if tree.get("task_type") not in (None, "CAUSAL_LM"):
+        raise AdapterInvalid(f"task_type is {tree['task_type']!r:.40}, only 'CAUSAL_LM' is supported")
     if tree.get("bias", "none") != "none":
         raise AdapterInvalid(f"bias is {tree['bias']!r:.40}, only 'none' is supported")
     initialisation = tree.get("init_lora_weights", True)
@@ -204,13 +209,14 @@ def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _pattern(tree: dict[str, Any], key: str) -> Iterable[tuple[str, Any]]:
+def _patterns(tree: dict[str, Any], key: str, read: Callable[[Any, str], Number]) -> Patterns[Number]:
     value = tree.get(key) or {}
     if not isinstance(value, dict):
         raise AdapterInvalid(f"{key} is {value!r:.80}, an object of patterns is wanted")
-    for pattern in value:
-        _compiled(_ending(pattern), key)
-    return value.items()
+    return tuple(
+        (_compiled(rf"(.*\.)?({pattern})$", key), read(item, f"{key}[{pattern!r:.80}]"))
+        for pattern, item in value.items()
+    )
 
 
 def _matches(names: str | tuple[str, ...], module: str) -> bool:
@@ -219,14 +225,9 @@ def _matches(names: str | tuple[str, ...], module: str) -> bool:
     return module in names or any(module.endswith(f".{name}") for name in names)
 
 
-def _first_match(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
-    """The value of the first key that matches the end of the name from a dot on; PEFT's `get_pattern_key`."""
-    found = (value for key, value in patterns.items() if _compiled(_ending(key), "pattern").match(module))
-    return next(found, default)
-
-
-def _ending(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
+def _first_match(patterns: Patterns[Number], module: str, default: Number) -> Number:
+    """PEFT's `get_pattern_key`."""
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
 def _compiled(pattern: str, key: str) -> re.Pattern[str]:

@@ -90,6 +90,7 @@ def _read(path: Path) -> dict[str, _Tensor]:
         entries = deserialize(content)
     except SafetensorError as error:
         raise AdapterInvalid(f"{path.name} is not valid safetensors: {error}") from error
+    entries.sort(key=lambda entry: entry[0])  # so that of several faults always the same one is named
     return {key: _Tensor(tuple(entry["shape"]), entry["dtype"], entry["data"]) for key, entry in entries}
 
 
@@ -117,6 +118,8 @@ def _check_tensors(tensors: dict[str, _Tensor], expected: dict[str, ModuleLora],
 
 
 def _targeted(config: AdapterConfig, modules: BaseModules, max_rank: int) -> dict[str, ModuleLora]:
+    if config.largest_rank > max_rank:
+        raise AdapterInvalid(f"rank {config.largest_rank} is over the limit of {max_rank}")
     if not config.targets_all:
         outside = [modules.output_head] if modules.output_head else []
         for name in [*modules.embeddings, *outside]:
@@ -127,9 +130,6 @@ def _targeted(config: AdapterConfig, modules: BaseModules, max_rank: int) -> dic
     }
     if not targeted:
         raise AdapterInvalid(f"target_modules {config.target_modules!r:.120} match no module of the base model")
-    highest = max(lora.rank for lora in targeted.values())
-    if highest > max_rank:
-        raise AdapterInvalid(f"rank {highest} is over the limit of {max_rank}")
     return targeted
 
 

@@ -168,6 +168,7 @@ class ReceiptLog:
 
     def forget_salts(self, seq: int) -> None:
         """Erase the salts of a receipt for good: nobody can open its commitments any more; the receipt stays valid."""
+        self._writable()
         with self._statements:
             self._connection.execute("DELETE FROM salts WHERE seq = ?", (seq,))
             busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -184,14 +185,13 @@ class ReceiptLog:
 
         Internal: a number or request id is there already, or a number is left out.
         """
-        if self._keys is None:
-            raise Internal("this log was opened to be read")
+        keys = self._writable()
         receipts, blobs, salts = [], {}, []
         with self._statements:
             for seq, item in enumerate(new, self.size()):
                 if item.receipt.seq != seq:
                     raise Internal(f"the log's next receipt is {seq}, not {item.receipt.seq}")
-                signature = sign_digest(self._keys.receipt, self._hasher.digest(item.leaf))
+                signature = sign_digest(keys.receipt, self._hasher.digest(item.leaf))
                 receipts.append((seq, item.receipt.request_id, item.leaf, leaf_hash(item.leaf), signature))
                 hashes = (item.receipt.runtime_hash, item.receipt.adapters_hash, item.receipt.terms_hash)
                 blobs.update(zip(hashes, item.blobs, strict=True))
@@ -209,6 +209,11 @@ class ReceiptLog:
             finally:
                 if self._connection.in_transaction:
                     execute("ROLLBACK")
+
+    def _writable(self) -> LogKeys:
+        if self._keys is None:
+            raise Internal("this log was opened to be read")
+        return self._keys
 
     def _query(self, sql: str, *values: object) -> list[Any]:
         with self._statements:

@@ -82,10 +82,14 @@ class Projector:
         return new
 
     def _check_logged(self, frame: CompletionFrame) -> None:
-        """A journal that was rolled back gives a number that the log knows to another request."""
+        """What is durable never changes: a difference means that one of the two was restored from a copy."""
         logged = self._log.get(frame.seq)
-        if logged is None or logged.receipt.request_id.hex() != frame.request_id:
-            raise Internal(f"receipt {frame.seq} is of another request than the journal's: one of them was rolled back")
+        if logged is None:
+            raise Internal(f"receipt {frame.seq} is missing in the log")
+        receipt = logged.receipt
+        facts = (receipt.request_id.hex(), receipt.seq, receipt.status, receipt.out_tokens, receipt.output_commit)
+        if CompletionFrame(*facts, receipt.ended_at) != frame:
+            raise Internal(f"receipt {frame.seq} is not of the journal's completion: one of them was rolled back")
 
 
 class _CanonicalBlobs:

@@ -48,6 +48,8 @@ class JournalReader:
         try:
             # A segment below the durable one is finished and durable to its last byte.
             limit = os.fstat(descriptor).st_size if segment < durable.segment else durable.offset
+            if offset > limit:
+                raise Internal(f"segment {segment} of the journal ends at {limit}, but was read to {offset} before")
             while offset < limit:
                 for entry in self._read_chunk(descriptor, segment, offset, limit):
                     offset = entry.end.offset

@@ -6,6 +6,7 @@ Only a view: what is hashed and signed is the leaf.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,6 +15,9 @@ from openlora.attribution.commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TA
 from openlora.attribution.log_key import LogKey
 from openlora.attribution.receipt import RECEIPT_SCHEMA, Receipt, encode_leaf
 from openlora.errors import ReceiptInvalid
+
+_MAX_DEPTH = 32
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
 
 BLOB_TAGS = {"runtime": RUNTIME_TAG, "adapters": ADAPTERS_TAG, "terms": TERMS_TAG}
 
@@ -47,12 +51,23 @@ def parse_receipt_document(text: str | bytes) -> dict[str, Any]:
     ReceiptInvalid: it is something else.
     """
     try:
+        text = text.decode() if isinstance(text, bytes) else text
+        _refuse_depth(text)
         document = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ReceiptInvalid(f"not the JSON of a receipt: {error}") from error
     if not isinstance(document, dict):
         raise ReceiptInvalid(f"not the JSON of a receipt: {type(document).__name__} instead of an object")
     return document
+
+
+def _refuse_depth(text: str) -> None:
+    """Some libraries raise Python's recursion limit, and then deep nesting would end the process."""
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"nested more than {_MAX_DEPTH} deep")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

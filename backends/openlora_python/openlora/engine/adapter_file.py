@@ -105,7 +105,7 @@ class AdapterReader:
             raise _Refused(f"no weights for {len(missing)} targeted modules, the first is {missing[0]}")
         if surplus := sorted(halves.keys() - targets):
             raise _Refused(f"weights for {len(surplus)} modules not in target_modules, the first is {surplus[0]}")
-        return {module: self._pair(config, module, sides) for module, sides in halves.items()}
+        return {module: self._pair(config, module, sides) for module, sides in sorted(halves.items())}
 
     def _place(self, key: str) -> tuple[str, str]:
         """The module and side (A or B) that a key of the file belongs to."""

@@ -27,7 +27,7 @@ class SamplingState:
         )
         if self.penalised:
             self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.in_prompt[torch.tensor(prompt, device=device)] = True
+            self.in_prompt[torch.tensor(prompt, dtype=torch.long, device=device)] = True
             self.output_counts = torch.zeros(vocab_size, device=device)
 
     def append(self, token_id: int) -> None:

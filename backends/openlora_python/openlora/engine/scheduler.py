@@ -91,19 +91,30 @@ class Scheduler:
                 beyond += 1
                 if beyond > self.max_batch:
                     break
+            starving = sequence.overtaken >= self.max_batch
             try:
-                state = self._admit(sequence)
+                admitted = self._admit(sequence)
+                if admitted is None and starving:
+                    self._unpin_behind(sequence)
+                    admitted = self._admit(sequence)
             except OpenLoRAError as error:
                 failed.append((sequence, error))
                 continue
-            if state is None:
+            if admitted is None:
                 blocked.append(sequence)
-                if sequence.overtaken >= self.max_batch:
+                if starving:
                     break
-            elif state:
+            elif admitted:
                 for older in blocked:
                     older.overtaken += 1
         return failed
+
+    def _unpin_behind(self, sequence: Sequence) -> None:
+        """Younger sequences give up the slots that they hold in advance: they may be what this one waits for."""
+        for younger in self.waiting[self.waiting.index(sequence) + 1 :]:
+            if younger.pinned:
+                self.slots.unpin(younger.request.adapters)
+                younger.pinned = False
 
     def _admit(self, sequence: Sequence) -> bool | None:
         """True when it runs now, False while its adapters load or no row is free, None when slots or cache are full."""
