@@ -53,7 +53,7 @@ class Bench:
 
     def other(self, *, stream: bool, tokens: int = 2) -> Question:
         sampling = {"ignore_eos": True, "temperature": 0, "max_tokens": tokens}
-        return Question(self.short, "pirate", stream, sampling, f"other-{next(self._names)}")
+        return Question(self.short, None, stream, sampling, f"other-{next(self._names)}")
 
     async def engine_at_work(self, phase: str) -> None:
         """Wait until the engine has computed for a while: some of a long prompt, or some tokens that nobody is shown."""

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from openlora.engine.api import AdapterUse
 from parity import Case, Oracle, assert_equal
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, Engine, digest_of, make_adapter, make_model, make_prompt, projections, use
+
+from openlora.engine.api import AdapterUse
 
 PROMPT = make_prompt(1, 20)
 
@@ -101,8 +102,8 @@ REFUSALS = [
     ({}, _drop(Q0.format("A")), "model.layers.0.self_attn.q_proj.lora_A is missing"),
     (
         {},
-        _put("base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight", torch.zeros(4, 64)),
-        "key base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight matches no adaptable linear of the base model",
+        _put("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", torch.zeros(4, 64)),
+        "key base_model.model.model.layers.9.mlp.up_proj.lora_A.weight matches no adaptable linear of the base model",
     ),
     (
         {},

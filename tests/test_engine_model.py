@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import FAMILIES, make_adapter, make_model, make_prompt, projections
+from transformers import GPT2Config, GPT2LMHeadModel
+
 from openlora.engine.adapter_file import AdapterReader
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.lora import WeightedAdapter
@@ -14,8 +17,6 @@ from openlora.engine.model import Chunk, PagedModel, head_dim, load, longest_con
 from openlora.engine.selfcheck import check, probe_tokens, reference_logits
 from openlora.engine.torch_engine import TorchEngine
 from openlora.errors import InvalidArgument, UnsupportedModel
-from tiny_models import FAMILIES, make_adapter, make_model, make_prompt, projections
-from transformers import GPT2Config, GPT2LMHeadModel
 
 CPU = torch.device("cpu")
 NEIGHBOURS = 1e-5  # of max|logit|

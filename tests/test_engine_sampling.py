@@ -8,9 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from openlora.engine.api import Sampling
-from openlora.engine.sampling import SamplingState, filter_scores, gumbel_noise, sample
-from openlora.errors import InvalidArgument, NotFinite
 from tiny_models import Engine, make_adapter, make_model, make_prompt, use
 from transformers import (
     MinLengthLogitsProcessor,
@@ -20,6 +17,10 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from openlora.engine.api import Sampling
+from openlora.engine.sampling import SamplingState, filter_scores, gumbel_noise, sample
+from openlora.errors import InvalidArgument, NotFinite
 
 VOCAB = 97
 CPU = torch.device("cpu")

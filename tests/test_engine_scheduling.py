@@ -7,11 +7,12 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB, Engine, digest_of, make_adapter, make_model, make_prompt, use
+
 from openlora.engine.api import EngineOutput
 from openlora.engine.lora import LoraPair
 from openlora.errors import InvalidArgument
-from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, Engine, digest_of, make_adapter, make_model, make_prompt, use
 
 PROMPT = make_prompt(1, 20)
 
@@ -359,7 +360,8 @@ def test_a_random_workload_leaks_nothing(model_dir, adapters):
             if chance.random() < 0.4:
                 engine.engine.cancel(chance.choice(names))
             if chance.random() < 0.5:
-                engine.until(lambda answers, name=chance.choice(names): name in answers or len(answers) > 20)
+                name = chance.choice(names)
+                engine.until(lambda answers, name=name: name in answers or len(answers) > 20)
         for name in names:
             engine.wait(name)
         engine.assert_nothing_held()

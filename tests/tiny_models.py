@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling, TokenLogprob
-from openlora.engine.torch_engine import TorchEngine
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -24,6 +22,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling, TokenLogprob
+from openlora.engine.torch_engine import TorchEngine
 
 # Models this small gain nothing from a second thread, and lose a lot to it where cores are shared.
 torch.set_num_threads(1)

@@ -32,7 +32,7 @@ CATALOG_FILE = "catalog.sqlite"  # below the state directory, as RunConfig.catal
 CACHE_DIRECTORY = "adapters"
 MODULES_DIRECTORY = "base_modules"
 REPORT_BYTES = 8 << 20  # between two reports of a copy
-CPU_SECONDS = 5.0  # to validate one adapter, and more for a large one: patterns of a stranger may take for ever
+CPU_SECONDS = 2.0  # to validate one adapter, and more for a large one: patterns of a stranger may take for ever
 CPU_SECONDS_PER_BYTE = 1 / (50 << 20)
 
 

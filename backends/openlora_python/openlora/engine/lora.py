@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class LoraLinear(nn.Module):
         for segment in self.step.segments:
             pair = segment.use.adapter.pairs.get(self.name)
             if pair is not None:
-                shrunk = inputs[0, segment.start : segment.stop] @ pair.a.t()  # [tokens, rank]
-                scale = segment.use.weight * pair.scaling
-                outputs[0, segment.start : segment.stop].addmm_(shrunk, pair.b.t(), alpha=scale)
+                rows = slice(segment.start, segment.stop)
+                shrunk = functional.linear(inputs[0, rows], pair.a)  # [tokens, rank]
+                outputs[0, rows].addmm_(shrunk, pair.b.t(), alpha=segment.use.weight * pair.scaling)
         return outputs
 
 

@@ -14,7 +14,7 @@ from ..config import RUN_DIR_VARIABLE, RunConfig
 from ..errors import Unavailable
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[4]
-CLOSED_APIS = "model-repository,shared-memory,model-config,trace,logging"
+CLOSED_APIS = "model-repository,shared-memory,trace,logging"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def build_backend_directory(install: TritonInstall, target: Path) -> None:
 def server_command(install: TritonInstall, run: RunConfig, backends: Path, shm_prefix: str) -> list[str]:
     """The command line. Admin APIs are closed with a value that nobody is told."""
     settings = run.settings
-    closed = f"{CLOSED_APIS}:openlora-admin={secrets.token_hex(32)}"
+    closed = f"openlora-admin={secrets.token_hex(32)}"
     return [
         str(install.binary),
         f"--model-repository={REPOSITORY_ROOT / 'model_repository'}",
@@ -89,8 +89,9 @@ def server_command(install: TritonInstall, run: RunConfig, backends: Path, shm_p
         "--model-control-mode=none",
         "--disable-auto-complete-config",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
-        f"--http-restricted-api={closed}",
-        f"--grpc-restricted-protocol={closed}",
+        f"--http-restricted-api={CLOSED_APIS},model-config:{closed}",
+        # perf_analyzer cannot work without ModelConfig over gRPC; ours holds no parameters, only the committed text.
+        f"--grpc-restricted-protocol={CLOSED_APIS}:{closed}",
         f"--http-address={settings.host}",
         f"--grpc-address={settings.host}",
         f"--metrics-address={settings.host}",

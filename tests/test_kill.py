@@ -1,0 +1,230 @@
+"""`kill -9` of any process under load: clears up by itself, loses no receipt, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import psutil
+import pytest
+from live_server import LiveServer
+from load import Load, Outcome, Question, Stream, ask, connect, mixed_questions
+from openlora.attribution.frames import list_segments, segment_path
+from openlora.attribution.journal import STATUS_ABORTED, STATUS_ERROR, Journal
+from openlora.attribution.log import ReceiptLog
+from openlora.attribution.projection import Projector
+from process_watch import PARTS, leftovers, server_processes, wait_until_gone
+from usage_watch import UsageWatch, check_outcomes, settled_receipts, verify_all
+
+CONCURRENCY = 8
+ANSWER_SECONDS = 2.0  # how long a client may wait for the news
+GONE_SECONDS = 5.0  # how long processes may outlive their launcher
+VICTIMS = [part for part in PARTS if part != "gateway"]
+# What a client may be told: our codes, a connection that closed or is refused, or Triton's own word on a dead stub.
+CLEAR = re.compile(
+    r"\[(ENGINE_RESTARTED|UNAVAILABLE)\]"
+    r"|^(StatusCode\.)?UNAVAILABLE: |RST_STREAM|Stream removed|is not healthy"
+)
+
+
+class Site:
+    """A server that is killed again and again, with its books and everything that its clients saw."""
+
+    def __init__(self, live: LiveServer, prompts: list[str]) -> None:
+        self.live = live
+        self.prompts = prompts
+        self.watch = UsageWatch(live.state_dir)
+        self.outcomes: list[Outcome] = []
+        self.draw = random.Random()
+        self.loads = 0
+        self.worst: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def under_load(self) -> AsyncIterator[Load]:
+        """A load that is well under way, and then some more: the moment is another one each time."""
+        self.loads += 1
+        questions = mixed_questions(self.prompts, self.live.adapter_names, seed=self.loads, max_tokens=(20, 200))
+        async with Load(self.live.grpc_url, questions, CONCURRENCY) as load:
+            enough = self.draw.randint(2, 12)
+            await self.watch.until(lambda: len(load.outcomes) >= enough, 60, "the first answers")
+            assert all(outcome.delivered for outcome in load.outcomes), [one.error for one in load.outcomes]
+            await asyncio.sleep(self.draw.random() / 4)
+            yield load
+        self.outcomes += load.outcomes
+
+    async def ready_again(self) -> None:
+        await asyncio.to_thread(self.live.wait_ready)
+
+    def check_waiting(self, what: str, outcomes: list[Outcome], killed_at: float) -> None:
+        """Everybody was answered or told, those who waited at that moment within the bound."""
+        told = [outcome for outcome in outcomes if outcome.ended_at > killed_at and not outcome.delivered]
+        for outcome in told:
+            assert CLEAR.search(outcome.error), f"unclear: {outcome.error!r}"
+        waits = [outcome.ended_at - max(outcome.started_at, killed_at) for outcome in told]
+        worst = max(waits, default=0.0)
+        waited = sum(outcome.started_at < killed_at for outcome in told)
+        words = Counter(re.sub(r"[0-9]+", "#", outcome.error)[:90] for outcome in told)
+        print(f"\n{what}: {waited} clients waited, the last was told after {worst:.3f} s; {dict(words)}")
+        assert waited, "nobody was waiting: this showed nothing"
+        assert worst <= ANSWER_SECONDS
+        assert all(outcome.delivered for outcome in outcomes if outcome.ended_at <= killed_at)
+
+    async def check_service(self) -> None:
+        """New requests work, for the base and every adapter."""
+        client = connect(self.live.grpc_url)
+        questions = [Question("Tell me about the cat.", name) for name in (None, *self.live.adapter_names)]
+        answers = await asyncio.gather(*(ask(client, question) for question in questions))
+        await client.close()
+        assert [answer.error for answer in answers] == [""] * len(answers)
+        assert all(answer.delivered for answer in answers)
+        self.outcomes += answers
+
+    async def check_books(self) -> None:
+        """Every intent has one receipt; whatever was delivered, and whatever was seen, is in it."""
+        check_outcomes(self.outcomes, await settled_receipts(self.watch))
+        verify_all(self.live.state_dir)
+
+
+@pytest.fixture(scope="module")
+def site(
+    demo: Path, demo_adapters: list[str], prompts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    live = LiveServer(
+        demo / "model",
+        demo / "adapters",
+        tmp_path_factory.mktemp("kill") / "state",
+        demo_adapters,
+        {"engine": {"dtype": "float32"}, "restart": {"attempts": 1000, "longest_wait_seconds": 0.1}},
+    )
+    try:
+        yield Site(live.start(), prompts)
+    finally:
+        live.stop()
+
+
+async def kill_once(site: Site, part: str) -> None:
+    async with site.under_load() as load:
+        victim = server_processes(site.live.launcher_pid)[part]
+        os.kill(victim.pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        await site.watch.until(lambda: not is_running(victim), 5, f"the end of {part}")
+        await site.watch.until(lambda: not site.live.readiness()["ready"], 5, "the word that it is not ready")
+        await site.ready_again()
+        took = time.monotonic() - killed_at
+        again = len(load.outcomes)
+        await site.watch.until(
+            lambda: sum(one.delivered for one in load.outcomes[again:]) >= CONCURRENCY, 60, "answers after the restart"
+        )
+    site.check_waiting(f"kill -9 {part} (pid {victim.pid})", load.outcomes, killed_at)
+    print(f"  ready again after {took:.1f} s")
+    assert server_processes(site.live.launcher_pid)[part].pid != victim.pid
+    await site.check_service()
+    await site.check_books()
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("part", VICTIMS)
+async def test_a_killed_process_comes_back(site: Site, part: str) -> None:
+    await kill_once(site, part)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", VICTIMS)
+async def test_a_process_killed_ten_times_comes_back(site: Site, part: str) -> None:
+    for _ in range(10):
+        await kill_once(site, part)
+
+
+async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> None:
+    """With a torn tail in the journal, as a power cut would leave it."""
+    async with site.under_load() as load:
+        os.kill(site.live.launcher_pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        site.live.process.wait(10)
+        took = await asyncio.to_thread(wait_until_gone, site.live.state_dir, GONE_SECONDS)
+    site.check_waiting("kill -9 launcher", load.outcomes, killed_at)
+    print(f"  nothing was left after {took:.3f} s")
+
+    journal = site.live.state_dir / "journal"
+    tail = segment_path(journal, list_segments(journal)[-1])
+    whole = tail.read_bytes()
+    torn = site.draw.choice([whole[: len(whole) // 2], site.draw.randbytes(100)])
+    tail.write_bytes(whole + torn)
+    await asyncio.to_thread(site.live.start)
+    assert tail.read_bytes() == whole
+    await site.check_service()
+    await site.check_books()
+    aborted = sum(frame.status == STATUS_ABORTED for frame in site.watch.completions.values())
+    print(f"  {len(site.watch.completions)} receipts so far, {aborted} of them of killed requests")
+    assert aborted
+
+
+async def test_a_stopped_server_leaves_nothing(site: Site) -> None:
+    """SIGTERM under load. What ran is closed in the books at the next start, which is done here by hand."""
+    async with site.under_load() as load:
+        stopped_at = time.monotonic()
+        await asyncio.to_thread(site.live.stop)
+        assert not (found := leftovers(site.live.state_dir)), found
+    print(f"\nstopped in {time.monotonic() - stopped_at:.1f} s")
+    assert site.live.process.returncode == 0
+    assert all(outcome.delivered or outcome.error for outcome in load.outcomes)
+    with Journal.open(site.live.state_dir / "journal", wait=False):
+        pass
+    with closing(ReceiptLog.open(site.live.state_dir, wait=False)) as log:
+        projector = Projector(site.live.state_dir / "journal", log)
+        while projector.project():
+            pass
+    await site.check_books()
+
+
+async def test_a_hung_engine_is_restarted_and_one_that_dies_again_ends_the_server(
+    demo: Path, demo_adapters: list[str], tmp_path: Path
+) -> None:
+    hang_seconds = 5
+    settings = {"engine": {"dtype": "float32", "hang_seconds": hang_seconds}, "restart": {"attempts": 1}}
+    live = LiveServer(demo / "model", demo / "adapters", tmp_path / "state", demo_adapters, settings).start()
+    try:
+        watch = UsageWatch(live.state_dir)
+        client = connect(live.grpc_url)
+        sampling = {"ignore_eos": True, "max_tokens": 1900}
+        running = Stream(client, Question("Tell me about the cat.", None, True, sampling, "caught"))
+        reading = asyncio.create_task(running.drain())
+        await watch.until(lambda: running.outcome.tokens >= 3, 20, "the first tokens")
+        first = server_processes(live.launcher_pid)["engine"]
+        first.suspend()
+        hung_at = time.monotonic()
+        outcome = await asyncio.wait_for(reading, hang_seconds + 10)
+        print(f"\nSIGSTOP of the engine: the client was told after {outcome.ended_at - hung_at:.1f} s")
+        assert "[ENGINE_RESTARTED]" in outcome.error
+        await asyncio.to_thread(live.wait_ready)
+        second = server_processes(live.launcher_pid)["engine"]
+        assert second.pid != first.pid
+        answer = await ask(client, Question("Tell me about the cat.", "pirate"))
+        assert answer.delivered, answer.error
+        await client.close()
+        receipts = await settled_receipts(watch)
+        check_outcomes([outcome, answer], receipts)
+        assert receipts[outcome.request_id].receipt.status == STATUS_ERROR
+
+        second.kill()
+        status = await asyncio.to_thread(live.process.wait, 30)
+        assert status > 0
+        assert not (found := leftovers(live.state_dir)), found
+        assert "engine died 2 times" in (live.state_dir / "launcher.log").read_text()
+    finally:
+        live.stop()
