@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -83,7 +84,9 @@ def recipe_digest() -> str:
 
 
 def _build(folder: Path, console: Console) -> None:
-    # Thread pools read these once, when the libraries load: two runs must split their sums in the same way.
+    # Read once, when torch and tokenizers load. Two threads that spin while they wait for each other make a busy
+    # machine's run many times longer; asleep they cost an idle machine's run nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import demo_adapters
@@ -99,6 +102,7 @@ def _build(folder: Path, console: Console) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's call, not ours
     with Progress(*columns, console=console) as progress, demo_train.deterministic():
         total = _BASE_WEIGHT + _ADAPTER_WEIGHT * len(demo_adapters.ADAPTERS)
         overall = progress.add_task("demo model", total=total, loss="")

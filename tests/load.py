@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 from tritonclient.grpc import InferInput, InferResult
 from tritonclient.grpc.aio import InferenceServerClient
@@ -114,6 +115,28 @@ def connect(url: str) -> InferenceServerClient:
 async def ask(client: InferenceServerClient, question: Question) -> Outcome:
     """Ask and wait for the end, whatever it is."""
     return await Stream(client, question).drain()
+
+
+async def ask_over_http(http: httpx.AsyncClient, question: Question) -> Outcome:
+    """The same, not streamed, by a POST to `/generate`."""
+    outcome = Outcome(question, started_at=time.monotonic())
+    body = {"text_input": question.prompt, "id": question.label, **question.sampling}
+    if question.adapters is not None:
+        body["adapters"] = question.adapters
+    try:
+        answer = await http.post("/v2/models/openlora/generate", json=body)
+    except httpx.TransportError as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    else:
+        content = answer.json()
+        if answer.status_code == 200:
+            outcome.chunks, outcome.tokens = 1, content["num_output_tokens"]
+            outcome.request_id, outcome.text = content["request_id"], content["text_output"]
+            outcome.finish_reason, outcome.receipt = content["finish_reason"], json.loads(content["receipt"])
+        else:
+            outcome.error = content["error"]
+    outcome.ended_at = time.monotonic()
+    return outcome
 
 
 def infer_inputs(question: Question) -> list[InferInput]:

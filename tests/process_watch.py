@@ -42,6 +42,18 @@ def pss_bytes(pid: int) -> int:
     raise ValueError(f"/proc/{pid}/smaps_rollup has no Pss line")
 
 
+class MemoryWatch:
+    """The memory of a server's processes over time, by part. A process that dies meanwhile is an error."""
+
+    def __init__(self, launcher_pid: int) -> None:
+        self.samples: dict[str, list[int]] = {}
+        self._processes = server_processes(launcher_pid)
+
+    def sample(self) -> None:
+        for part, process in self._processes.items():
+            self.samples.setdefault(part, []).append(pss_bytes(process.pid))
+
+
 @dataclass(frozen=True)
 class Leftovers:
     """What still belongs to a server of this state directory. Empty is false."""

@@ -87,8 +87,11 @@ def test_a_reader_follows_but_never_sees_what_is_not_durable(tmp_path: Path) -> 
         assert [type(entry.frame) for entry in entries] == [ProgressFrame, CompletionFrame]
         assert entries[0].start == before and entries[0].end == entries[1].start
         assert reader.position == entries[1].end == Position(0, path.stat().st_size)
+        append_intent(journal, 2)
+        journal.append_progress([ProgressFrame(request_id(2), 1, bytes(32))])  # behind the mark again
+        assert [type(entry.frame) for entry in reader.read()] == [IntentFrame]
         resumed = JournalReader(tmp_path / "journal", entries[0].end)
-        assert [entry.frame for entry in resumed.read()] == [entries[1].frame]
+        assert [entry.frame for entry in resumed.read()] == [entries[1].frame, make_intent(2)]
 
 
 def test_a_crash_closes_open_requests_with_what_was_sent_last(tmp_path: Path) -> None:

@@ -11,17 +11,20 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from live_server import LiveServer
-from load import Load, Outcome, Question, Stream, ask, connect, mixed_questions
+from load import Load, Outcome, Question, Stream, ask, ask_over_http, connect, mixed_questions
 from openlora.attribution.frames import list_segments, segment_path
 from openlora.attribution.journal import STATUS_ABORTED, STATUS_ERROR, Journal
 from openlora.attribution.log import ReceiptLog
 from openlora.attribution.projection import Projector
 from process_watch import PARTS, leftovers, server_processes, wait_until_gone
+from tritonclient.grpc.aio import InferenceServerClient
 from usage_watch import UsageWatch, check_outcomes, settled_receipts, verify_all
 
 CONCURRENCY = 8
@@ -31,7 +34,8 @@ VICTIMS = [part for part in PARTS if part != "gateway"]
 # What a client may be told: our codes, a connection that closed or is refused, or Triton's own word on a dead stub.
 CLEAR = re.compile(
     r"\[(ENGINE_RESTARTED|UNAVAILABLE)\]"
-    r"|^(StatusCode\.)?UNAVAILABLE: |RST_STREAM|Stream removed|is not healthy"
+    r"|^UNAVAILABLE: |RST_STREAM|Stream removed|is not healthy"  # gRPC
+    r"|^(ConnectError|ReadError|WriteError|RemoteProtocolError): "  # HTTP
 )
 
 
@@ -45,14 +49,17 @@ class Site:
         self.outcomes: list[Outcome] = []
         self.draw = random.Random()
         self.loads = 0
-        self.worst: Counter[str] = Counter()
 
     @asynccontextmanager
     async def under_load(self) -> AsyncIterator[Load]:
         """A load that is well under way, and then some more: the moment is another one each time."""
         self.loads += 1
         questions = mixed_questions(self.prompts, self.live.adapter_names, seed=self.loads, max_tokens=(20, 200))
-        async with Load(self.live.grpc_url, questions, CONCURRENCY) as load:
+        limits = httpx.Limits(max_keepalive_connections=0)  # each request finds the server of the moment
+        async with (
+            httpx.AsyncClient(base_url=self.live.http_url, timeout=60, limits=limits) as http,
+            Load(self.live.grpc_url, questions, CONCURRENCY, asking=partial(ask_either_way, http)) as load,
+        ):
             enough = self.draw.randint(2, 12)
             await self.watch.until(lambda: len(load.outcomes) >= enough, 60, "the first answers")
             assert all(outcome.delivered for outcome in load.outcomes), [one.error for one in load.outcomes]
@@ -110,6 +117,12 @@ def site(
         live.stop()
 
 
+async def ask_either_way(http: httpx.AsyncClient, client: InferenceServerClient, question: Question) -> Outcome:
+    """Every second of those that are not streamed goes over HTTP."""
+    number = int(question.label.rpartition("-")[2])
+    return await (ask_over_http(http, question) if number % 2 and not question.stream else ask(client, question))
+
+
 async def kill_once(site: Site, part: str) -> None:
     async with site.under_load() as load:
         victim = server_processes(site.live.launcher_pid)[part]
@@ -140,6 +153,16 @@ def is_running(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("part", VICTIMS)
 async def test_a_killed_process_comes_back(site: Site, part: str) -> None:
     await kill_once(site, part)
+
+
+async def test_a_killed_gateway_comes_back_and_nobody_else_notices(site: Site) -> None:
+    async with site.under_load() as load:
+        victim = server_processes(site.live.launcher_pid)["gateway"]
+        os.kill(victim.pid, signal.SIGKILL)
+        await site.watch.until(lambda: not site.live.readiness()["ready"], 5, "the word that it is not ready")
+        await site.ready_again()
+    assert all(outcome.delivered for outcome in load.outcomes), {outcome.error for outcome in load.outcomes}
+    assert server_processes(site.live.launcher_pid)["gateway"].pid != victim.pid
 
 
 @pytest.mark.soak

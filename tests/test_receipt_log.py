@@ -495,6 +495,16 @@ def test_a_forger_with_another_key_needs_another_log(document: dict[str, Any]) -
     assert verify_receipt(forged, None).known is False
 
 
+def test_the_log_itself_cannot_ask_for_another_price(served: Path, document: dict[str, Any]) -> None:
+    pinned, keys = LogKey.parse(document["log"]), load_keys(served / "keys", create=False)
+    receipt = dataclasses.replace(decode_leaf(bytes.fromhex(document["leaf"][2:])), price=document["price"] + 1)
+    leaf = encode_leaf(receipt)
+    signature = sign_digest(keys.receipt, ReceiptHasher(pinned.log_id).digest(leaf))
+    signed = {"price": receipt.price, "leaf": "0x" + leaf.hex(), "signature": "0x" + signature.hex()}
+    with pytest.raises(ReceiptInvalid, match="price"):
+        verify_receipt(document | signed, pinned)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -74,14 +74,14 @@ async def _events(chunks: AsyncChunkStream, first: Chunk, shape: Shape) -> Async
     for body in shape.opening():
         yield _event(body)
     chunk: Chunk | None = first
+    finished = False
     try:
         while chunk is not None:
+            finished = finished or bool(chunk.finish_reason)
             for body in shape.chunks(chunk):
                 yield _event(body)
-            if chunk.finish_reason:
-                break
-            chunk = await anext(chunks, None)
-        else:
+            chunk = await anext(chunks, None)  # to the very end: a stream left before it counts as cancelled
+        if not finished:
             raise Unavailable("the answer was cut off before its end")
     except OpenLoRAError as error:
         yield _event(error_body(error))

@@ -11,11 +11,9 @@ import grpc
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from openlora.errors import from_message
-
 from .answer import Answer, Chunk, join
 from .request import Adapters, Call, SamplingOptions, generation_call, stop_call
-from .wire import CHANNEL_OPTIONS, HEADERS, MODEL, ChunkReader, infer_inputs, typed_error
+from .wire import CHANNEL_OPTIONS, MODEL, ChunkReader, infer_inputs, spoken_error, typed_error
 
 
 class AsyncChunkStream(AsyncIterator[Chunk]):
@@ -48,17 +46,27 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
                 self.close()
                 raise
             if error is not None:
-                self.close()
-                raise from_message(str(error.message()))
+                await self._finish()
+                raise spoken_error(str(error.message()), self._url)
             chunk = self._reader.read(result)
             if chunk is not None:
                 return chunk
         raise StopAsyncIteration
 
+    async def _finish(self) -> None:
+        # An error is the last word: let the server end the stream, which costs it less than a cancel.
+        self._closed = True
+        try:
+            async for _ in self._responses:
+                pass
+        except grpc.RpcError:
+            pass  # the error that came before says more
+
     def close(self) -> None:
         """Stop the request if it still runs; what it made until then has its receipt in the server's log."""
-        self._closed = True
-        self._responses.cancel()
+        if not self._closed:
+            self._closed = True
+            self._responses.cancel()
 
     async def aclose(self) -> None:
         """`close`, under the name that async iterators have for it."""
@@ -74,8 +82,7 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
 
     def __del__(self) -> None:
         # An `async for` that was left does not close its iterator, and gRPC keeps an unfinished call alive.
-        if not self._closed:
-            self.close()
+        self.close()
 
 
 class AsyncOpenLoRAClient:
@@ -153,7 +160,7 @@ class AsyncOpenLoRAClient:
         except InferenceServerException as error:
             if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
                 return False
-            raise from_message(str(error.message())) from error
+            raise spoken_error(str(error.message()), self.url) from error
 
     async def close(self) -> None:
         """Close the channel; what still runs is stopped."""
@@ -179,7 +186,5 @@ class AsyncOpenLoRAClient:
         async def only_request() -> AsyncIterator[dict[str, Any]]:
             yield request
 
-        responses = self._connected().stream_infer(
-            only_request(), stream_timeout=call.deadline_seconds, headers=HEADERS
-        )
+        responses = self._connected().stream_infer(only_request(), stream_timeout=call.deadline_seconds)
         return AsyncChunkStream(responses, self.url, call.label)

@@ -1,7 +1,8 @@
 """Triton's tensors and errors on one side, `Call`, `Chunk` and typed errors on the other.
 
 A stream carries one request and is closed for sending at once, so its end is the end of the answer, and cancelling
-it cancels that request alone.
+it cancels that request alone. Errors are read from the text of a response. The header `triton_grpc_error`, which turns
+them into statuses, is not sent: before Triton 2.68 it makes the server use freed memory, and a few errors kill it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from .answer import Chunk
 from .request import Call
 
 MODEL = "openlora"
-HEADERS = {"triton_grpc_error": "true"}  # without it, errors carry no status code and the stream stays open
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -106,17 +106,19 @@ _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def typed_error(error: grpc.RpcError, url: str) -> OpenLoRAError:
-    """The typed error behind a failed call: the server's own where its text has a code, else what the status says."""
-    details = error.details() or ""
-    found = from_message(details)
-    if not isinstance(found, Internal) or "[INTERNAL]" in details:
-        return found
-    status = error.code()
-    # A dead stub is Triton's own INTERNAL error, and so is a stream reset by a dying server.
-    if status in _BROKEN or "is not healthy" in details or "RST_STREAM" in details or "Stream removed" in details:
+    """The typed error behind a call that failed as a whole."""
+    details, status = error.details() or "", error.code()
+    # A stream that is reset by a dying server is one of gRPC's own INTERNAL or UNKNOWN errors.
+    if status in _BROKEN or "RST_STREAM" in details or "Stream removed" in details:
         return Unavailable(f"{url}: {details or status.name}")
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{url}: no end of the answer in time")
-    if status is grpc.StatusCode.INVALID_ARGUMENT:
-        return InvalidArgument(details)
-    return Internal(f"{status.name}: {details}")
+    return Internal(f"{url}: {status.name}: {details}")
+
+
+def spoken_error(text: str, url: str) -> OpenLoRAError:
+    """The typed error that a response tells: the server's own by its code, and Triton's word on a part that died."""
+    found = from_message(text)
+    if isinstance(found, Internal) and ("is not healthy" in text or "is not ready" in text):
+        return Unavailable(f"{url}: {text}")
+    return found

@@ -15,8 +15,9 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from ..errors import OpenLoRAError
 from ..serving.parent_watch import exit_with
-from .api import Engine, EngineOutput
+from .api import Engine, EngineOutput, EngineRequest
 from .wire import Cancel, EngineConfig, Hello, Outputs, Report, Submit, ToEngine, Welcome
 
 REPORT_SECONDS = 1.0
@@ -83,11 +84,18 @@ class EngineHost:
                 self._greet(client, pid, poller)
             case Submit(requests):
                 for request in requests:
-                    self._owners[request.request_id] = client
-                    self._engine.submit(request)
+                    self._submit(client, request)
             case Cancel(request_ids):
                 for request_id in request_ids:
                     self._engine.cancel(request_id)
+
+    def _submit(self, client: bytes, request: EngineRequest) -> None:
+        try:
+            self._engine.submit(request)
+        except OpenLoRAError as error:
+            self._send(client, Outputs((EngineOutput(request.request_id, [], "error", str(error)),)))
+        else:
+            self._owners[request.request_id] = client
 
     def _greet(self, client: bytes, pid: int, poller: zmq.Poller) -> None:
         if all(client != known for _, known in self._client_pids.values()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,15 +26,29 @@ class SamplingState:
         self.penalised = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
-        if self.penalised:
-            self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.in_prompt[torch.tensor(prompt, dtype=torch.long, device=device)] = True
-            self.output_counts = torch.zeros(vocab_size, device=device)
+        self._prompt = prompt
+        self._vocab_size = vocab_size
+        self._device = device
+
+    # Both are made when first needed: a long queue of waiting requests must not hold a vocabulary each.
+
+    @cached_property
+    def in_prompt(self) -> torch.Tensor:
+        """Whether a token occurs in the prompt, `[vocab]`."""
+        found = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
+        found[torch.tensor(self._prompt, dtype=torch.long, device=self._device)] = True
+        return found
+
+    @cached_property
+    def output_counts(self) -> torch.Tensor:
+        """How often a token occurs in the output, `[vocab]`."""
+        counted = torch.tensor(self.output, dtype=torch.long, device=self._device)
+        return torch.bincount(counted, minlength=self._vocab_size).float()
 
     def append(self, token_id: int) -> None:
-        self.output.append(token_id)
         if self.penalised:
             self.output_counts[token_id] += 1
+        self.output.append(token_id)
 
     def banned(self) -> list[int]:
         """Tokens that must not come next: ends before `min_tokens`, and the last token of any bad word begun."""

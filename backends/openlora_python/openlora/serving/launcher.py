@@ -6,6 +6,7 @@ once, which closes every hanging connection, and starts a new one with new keys.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ import zmq
 
 from ..adapters.catalog import BaseFacts, Catalog
 from ..adapters.ingest import sync_directory
+from ..adapters.ingest_worker import IngestResult
 from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
 from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
@@ -260,7 +262,8 @@ class Launcher:
         )
         file = run.run_dir / "engine.json"
         file.write_bytes(msgspec.json.encode(config))
-        environment = dict(os.environ)
+        # Threads that wait for each other must not burn the cores that tritonserver and its stubs need.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         if engine.python is not None:  # another interpreter finds our package here and its libraries at home
             environment["PYTHONPATH"] = str(self._backends / "openlora_python")
         python = str(engine.python or sys.executable)
@@ -289,9 +292,15 @@ class Launcher:
         with Catalog(run.catalog_path) as catalog:
             catalog.set_base(base)
 
+        read_so_far = itertools.count(1)
+
+        def tell(event: object) -> None:
+            if isinstance(event, IngestResult):
+                self._adapters_fault = f"being read, {next(read_so_far)} done"
+
         def read() -> None:
             try:
-                for result in sync_directory(settings.adapters, run.state_dir, base):
+                for result in sync_directory(settings.adapters, run.state_dir, base, tell):
                     if result.status in ("quarantined", "failed"):
                         log.warning("adapter %s is %s: %s", result.name, result.status, result.reason)
             except OpenLoRAError as error:
