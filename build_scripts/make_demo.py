@@ -15,47 +15,39 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-import demo_data
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-BASE_NAME = "openlora-demo-base"
 MARKER = "complete.json"
-_SOURCES = ("make_demo.py", "demo_data.py", "demo_train.py", "demo_adapters.py")
+_SOURCES = ("make_demo.py", "demo_build.py", "demo_data.py", "demo_train.py", "demo_adapters.py")
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-# Seconds of each stage on two cores, which the overall bar weighs its stages by.
-_BASE_WEIGHT, _ADAPTER_WEIGHT = 90, 10
 
 
 class DemoError(Exception):
     """The demo can't be made; the message says why."""
 
 
-def ensure_demo(out: Path, console: Console | None = None) -> Path:
+def ensure_demo(out: Path) -> Path:
     """Make the demo in `out` unless it is there already; returns `out`.
 
-    Raises `DemoError` if `out` holds something that this script did not make.
+    Shows progress on standard error. Raises `DemoError` if `out` holds something that this script did not make, or
+    if the building fails.
     """
-    console = console or Console(stderr=True)
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(out.with_name(f".{out.name}.lock")):
+    with _lock(out.with_name(f".{out.name}.lock")) as lock:
         if is_complete(out):
-            console.print(f"The demo in {out} is up to date.")
             return out
         if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
             raise DemoError(f"{out} holds something else than the demo: choose an empty or a new directory with --out")
         building = out.with_name(f".{out.name}.building")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        _build(building, console)
+        _build(building, lock)
         marker = {"recipe": recipe_digest(), "files": _file_digests(building)}
         (building / MARKER).write_text(json.dumps(marker, indent=1, sort_keys=True) + "\n")
         if out.exists():
@@ -83,49 +75,15 @@ def recipe_digest() -> str:
     return digest.hexdigest()
 
 
-def _build(folder: Path, console: Console) -> None:
-    # Read once, when torch and tokenizers load. Two threads that spin while they wait for each other make a busy
-    # machine's run many times longer; asleep they cost an idle machine's run nothing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import demo_adapters
-    import demo_train
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of saving one file, which would break into ours
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's call, not ours
-    with Progress(*columns, console=console) as progress, demo_train.deterministic():
-        total = _BASE_WEIGHT + _ADAPTER_WEIGHT * len(demo_adapters.ADAPTERS)
-        overall = progress.add_task("demo model", total=total, loss="")
-
-        @contextmanager
-        def stage(name: str, weight: int) -> Iterator[demo_train.Report]:
-            begun = progress.tasks[overall].completed
-            task = progress.add_task(name, total=None, loss="")
-
-            def report(step: int, steps: int, loss: float) -> None:
-                progress.update(task, completed=step, total=steps, loss=f"loss {loss:6.4f}")
-                progress.update(overall, completed=begun + weight * step / steps)
-
-            yield report
-            progress.update(overall, completed=begun + weight)
-
-        datasets = demo_data.write_datasets(folder / "datasets")
-        (folder / "prompts.json").write_text(json.dumps(demo_data.parity_prompts(), indent=1) + "\n")
-        with stage("base model", _BASE_WEIGHT) as report:
-            demo_adapters.make_base(datasets, folder / "model", report)
-        for recipe in demo_adapters.ADAPTERS:
-            with stage(f"adapter {recipe.name}", _ADAPTER_WEIGHT) as report:
-                demo_adapters.make_adapter(datasets, folder, BASE_NAME, recipe, report)
+def _build(folder: Path, lock: int) -> None:
+    # In a process of its own, whoever calls: these are read once, when torch and tokenizers load. Two threads that
+    # spin while they wait for each other make a busy machine's run many times longer; asleep they cost nothing.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("demo_build.py")), str(folder)]
+    # The child holds the lock too: if this process is killed, nobody builds in the same place until the child ends.
+    finished = subprocess.run(command, env=environment, pass_fds=(lock,), check=False)
+    if finished.returncode != 0:
+        raise DemoError(f"building the demo failed with exit status {finished.returncode}; its error is above")
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
@@ -134,10 +92,10 @@ def _file_digests(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[int]:
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle.fileno()
 
 
 def main() -> int:
@@ -145,10 +103,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("var/demo"), help="directory to make (default: var/demo)")
     arguments = parser.parse_args()
     try:
-        ensure_demo(arguments.out)
+        out = ensure_demo(arguments.out)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(f"The demo is in {out}.")
     return 0
 
 

@@ -77,7 +77,7 @@ class Stream:
 
     def __init__(self, client: InferenceServerClient, question: Question) -> None:
         self.outcome = Outcome(question, started_at=time.monotonic())
-        self._responses = client.stream_infer(_only(question), headers={"triton_grpc_error": "true"})
+        self._responses = client.stream_infer(_only(question))
 
     async def __aiter__(self) -> AsyncIterator[Outcome]:
         try:

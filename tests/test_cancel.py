@@ -19,13 +19,14 @@ import pytest
 import tritonclient.grpc
 from live_server import LiveServer
 from load import Outcome, Question, Stream, ask, connect, infer_inputs
-from openlora.attribution.journal import STATUS_CANCELLED, CompletionFrame
-from openlora.serving.text import TextCodec
 from process_watch import server_processes
 from usage_watch import UsageWatch, check_outcomes, settled_receipts, verify_all
 
+from openlora.attribution.journal import STATUS_CANCELLED, CompletionFrame
+from openlora.serving.text import TextCodec
+
 PHASES = ("waiting", "prefill", "streaming", "coalescing", "not streamed")
-BOUND_SECONDS = 3.0  # 0.5 and a step is what the design says; the machine that tests is shared, so the figure is printed
+BOUND_SECONDS = 3.0  # the design says 0.5 and a step; machines that test are shared, so the figure is printed as well
 LONG = 1900
 COALESCE_SECONDS = 3.0
 EMPTY_DELTA_SECONDS = 1.0  # while no tokens flow, one response in so many seconds
@@ -56,7 +57,7 @@ class Bench:
         return Question(self.short, None, stream, sampling, f"other-{next(self._names)}")
 
     async def engine_at_work(self, phase: str) -> None:
-        """Wait until the engine has computed for a while: some of a long prompt, or some tokens that nobody is shown."""
+        """Wait until the engine has computed for a while: a part of a long prompt, or some tokens."""
         cpu_seconds = {"prefill": 0.05, "not streamed": 0.3}.get(phase, 0.0)
         before = sum(self._engine.cpu_times()[:2])
         await self.watch.until(

@@ -181,6 +181,25 @@ def test_an_unknown_adapter_and_a_forbidden_one_are_the_same_to_a_stranger(
         stranger.generate(PROMPT)
 
 
+def test_many_refusals_and_cancels_leave_the_server_standing(client: OpenLoRAClient) -> None:
+    """Asking for errors as gRPC statuses would kill this server within a few hundred of these."""
+
+    def disturb(number: int) -> str:
+        if number % 3 == 0:
+            client.stream(PROMPT, **LONG).close()
+            return "closed"
+        try:
+            client.generate(PROMPT, "nobody")
+        except AdapterNotFound:
+            return "refused"
+        return "answered"
+
+    with ThreadPoolExecutor(6) as pool:
+        seen = list(pool.map(disturb, range(300)))
+    assert (seen.count("closed"), seen.count("refused")) == (100, 200)
+    assert client.generate(PROMPT, **GREEDY).receipt["status"] == COMPLETE
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_unknown_option_is_refused_by_name(client: OpenLoRAClient, stream: bool) -> None:
     with pytest.raises(InvalidArgument, match="max_token:"):

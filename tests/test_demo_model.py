@@ -179,7 +179,9 @@ def test_ensemble_of_pirate_and_shout_shouts_like_a_pirate(model, tokenizer):
 
 def test_held_out_questions_are_answered_right(demo, model, tokenizer):
     for identifier, name in (("animal-facts", None), ("json-answers", "json"), ("sql-answers", "sql")):
-        rows = [json.loads(line) for line in (demo / "datasets" / f"{identifier}.heldout.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (demo / "datasets" / f"{identifier}.heldout.jsonl").read_text().splitlines()
+        ]
         if name is None:
             with model.disable_adapter():
                 right = [answer(model, tokenizer, row["prompt"])[1] == row["completion"] for row in rows[:10]]
@@ -224,11 +226,11 @@ def test_a_foreign_directory_is_left_alone(make_demo, tmp_path):
 def test_an_interrupted_run_is_started_anew(make_demo, tmp_path, monkeypatch):
     out = tmp_path / "demo"
 
-    def interrupted(folder: Path, console: object) -> None:
+    def interrupted(folder: Path, lock: int) -> None:
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
-    def whole(folder: Path, console: object) -> None:
+    def whole(folder: Path, lock: int) -> None:
         assert not any(folder.iterdir())
         (folder / "all").write_text("")
 

@@ -19,13 +19,14 @@ import psutil
 import pytest
 from live_server import LiveServer
 from load import Load, Outcome, Question, Stream, ask, ask_over_http, connect, mixed_questions
+from process_watch import PARTS, leftovers, server_processes, wait_until_gone
+from tritonclient.grpc.aio import InferenceServerClient
+from usage_watch import UsageWatch, check_outcomes, settled_receipts, verify_all
+
 from openlora.attribution.frames import list_segments, segment_path
 from openlora.attribution.journal import STATUS_ABORTED, STATUS_ERROR, Journal
 from openlora.attribution.log import ReceiptLog
 from openlora.attribution.projection import Projector
-from process_watch import PARTS, leftovers, server_processes, wait_until_gone
-from tritonclient.grpc.aio import InferenceServerClient
-from usage_watch import UsageWatch, check_outcomes, settled_receipts, verify_all
 
 CONCURRENCY = 8
 ANSWER_SECONDS = 2.0  # how long a client may wait for the news

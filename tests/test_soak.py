@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from live_server import LiveServer
 from load import Load, Outcome, Question, Stream, mixed_questions
-from openlora.attribution.journal import STATUS_CANCELLED, STATUS_COMPLETE
 from process_watch import MemoryWatch
 from rich.console import Console
 from rich.table import Table
 from tritonclient.grpc.aio import InferenceServerClient
 from usage_watch import UsageWatch, check_outcomes, logged_receipts, settled_receipts, verify_all
+
+from openlora.attribution.journal import STATUS_CANCELLED, STATUS_COMPLETE
 
 CONCURRENCY = 16
 REQUESTS = 3_000
@@ -127,8 +128,8 @@ def print_load(outcomes: list[Outcome], seconds: float) -> None:
     waits = sorted(outcome.ended_at - outcome.started_at for outcome in outcomes)
     tokens = sum(outcome.tokens for outcome in outcomes)
     print(
-        f"\n{len(outcomes)} requests in {seconds:.0f} s ({len(outcomes) / seconds:.1f}/s, {tokens / seconds:.0f} tokens/s),"
-        f" {sum(bool(outcome.error) for outcome in outcomes)} errors;"
+        f"\n{len(outcomes)} requests in {seconds:.0f} s"
+        f" ({len(outcomes) / seconds:.1f}/s, {tokens / seconds:.0f} tokens/s), {sum(bool(outcome.error) for outcome in outcomes)} errors;"
         f" seconds to the last word: median {waits[len(waits) // 2]:.2f}, 99 % {waits[len(waits) * 99 // 100]:.2f}"
     )
 

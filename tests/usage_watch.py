@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from load import Outcome
+
 from openlora.attribution.journal import CompletionFrame, IntentFrame, JournalReader, ProgressFrame
 from openlora.attribution.log import LoggedReceipt, ReceiptLog
 

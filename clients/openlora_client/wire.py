@@ -105,6 +105,10 @@ def _number(result: InferResult, name: str) -> int:
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
+# Triton's own words, which have no code, for a stub that died, a model that is not loaded yet, and a server that ends.
+_NOT_SERVING = ("is not healthy", "is not at ready state", "unknown model", "not ready", "shutting down")
+
+
 def typed_error(error: grpc.RpcError, url: str) -> OpenLoRAError:
     """The typed error behind a call that failed as a whole."""
     details, status = error.details() or "", error.code()
@@ -119,6 +123,6 @@ def typed_error(error: grpc.RpcError, url: str) -> OpenLoRAError:
 def spoken_error(text: str, url: str) -> OpenLoRAError:
     """The typed error that a response tells: the server's own by its code, and Triton's word on a part that died."""
     found = from_message(text)
-    if isinstance(found, Internal) and ("is not healthy" in text or "is not ready" in text):
+    if isinstance(found, Internal) and any(words in text for words in _NOT_SERVING):
         return Unavailable(f"{url}: {text}")
     return found
