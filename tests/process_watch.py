@@ -25,13 +25,16 @@ def server_processes(launcher_pid: int) -> dict[str, psutil.Process]:
 
 
 def _part(command: list[str]) -> str | None:
-    if not command:
-        return None
-    if command[0].endswith("triton_python_backend_stub"):
-        return Path(command[1]).parents[1].name  # …/model_repository/<model>/1/model.py
-    if command[0].endswith("tritonserver"):
-        return "tritonserver"
-    return {"openlora.engine.host": "engine", "openlora_gateway": "gateway"}.get(" ".join(command[2:3]))
+    match command:
+        case [program, model, *_] if program.endswith("triton_python_backend_stub"):
+            return Path(model).parents[1].name  # …/model_repository/<model>/1/model.py
+        case [program, *_] if program.endswith("tritonserver"):
+            return "tritonserver"
+        case [_, "-m", "openlora.engine.host", *_]:
+            return "engine"
+        case [_, "-m", "openlora_gateway", *_]:
+            return "gateway"
+    return None  # one that has not become what it will be
 
 
 def pss_bytes(pid: int) -> int:

@@ -81,7 +81,7 @@ def test_shapes_suit_other_engines(demo, model):
     assert config.vocab_size % 64 == 0
     assert config.max_position_embeddings == 2048
     with safe_open(demo / "model" / "model.safetensors", framework="pt") as weights:
-        tensors = [weights.get_tensor(name) for name in weights.keys()]  # noqa: SIM118: not a dict
+        tensors = [weights.get_tensor(name) for name in weights.keys()]  # noqa: SIM118
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert 5_000_000 <= sum(tensor.numel() for tensor in tensors) <= 20_000_000
 
@@ -143,7 +143,7 @@ def test_adapters_differ_in_rank_kind_and_targets(demo):
     }
     assert len({config["r"] for config in configs.values()}) >= 4
     assert [name for name, config in configs.items() if config["use_rslora"]] == ["json"]
-    assert set(configs["shout"]["target_modules"]) == {"q_proj", "v_proj"}
+    assert set(configs["sql"]["target_modules"]) == {"q_proj", "v_proj"}
     assert sum(set(config["target_modules"]) == ALL_PROJECTIONS for config in configs.values()) >= 3
     for name, config in configs.items():
         with safe_open(demo / "adapters" / name / "adapter_model.safetensors", framework="pt") as weights:

@@ -35,7 +35,7 @@ VICTIMS = [part for part in PARTS if part != "gateway"]
 # What a client may be told: our codes, a connection that closed or is refused, or Triton's own word on a dead stub.
 CLEAR = re.compile(
     r"\[(ENGINE_RESTARTED|UNAVAILABLE)\]"
-    r"|^UNAVAILABLE: |RST_STREAM|Stream removed|is not healthy"  # gRPC
+    r"|^UNAVAILABLE: |RST_STREAM|Stream removed|Internal error from Core|is not healthy"  # gRPC
     r"|^(ConnectError|ReadError|WriteError|RemoteProtocolError): "  # HTTP
 )
 

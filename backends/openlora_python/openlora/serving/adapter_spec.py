@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapters.catalog import NAME, RESERVED_NAMES
 from ..engine.api import WEIGHT_ONE
 from ..errors import InvalidArgument
 from .sampling_parameters import parse_json
 
 MAX_ADAPTERS = 8
 MAX_WEIGHT = 10
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
 FIELD = "adapters"
 
 
@@ -42,7 +40,7 @@ def parse_adapters(text: str) -> tuple[AdapterSpec, ...]:
         method = tree.get("method", "cat")
         if method != "cat":
             raise InvalidArgument(
-                f"method {method!r} makes new weights: only 'cat' is computed per request, "
+                f"method {method!r:.80} makes new weights: only 'cat' is computed per request, "
                 "make an adapter of the others with `openlora adapters merge`",
                 field=FIELD,
             )
@@ -66,7 +64,7 @@ def _entry(item: Any) -> AdapterSpec:
     if isinstance(item, str):
         return _one(item, 1, None)
     if not isinstance(item, dict):
-        raise InvalidArgument(f"an adapter is a name or an object, got {item!r}", field=FIELD)
+        raise InvalidArgument(f"an adapter is a name or an object, got {item!r:.80}", field=FIELD)
     _only(item, {"name", "weight", "version"})
     if "name" not in item:
         raise InvalidArgument("an adapter without a name", field=FIELD)
@@ -76,17 +74,17 @@ def _entry(item: Any) -> AdapterSpec:
 def _one(name: Any, weight: Any, version: Any) -> AdapterSpec:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InvalidArgument(f"{name!r:.140} is no adapter name ({NAME.pattern})", field=FIELD)
-    if name == "base":
-        raise InvalidArgument("'base' is the base model: leave adapters out to ask it", field=FIELD)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise InvalidArgument(f"weight of {name!r}: a finite number is wanted, got {weight!r}", field=FIELD)
-    if abs(weight) > MAX_WEIGHT:
-        raise InvalidArgument(f"weight of {name!r}: at most {MAX_WEIGHT} in size, got {weight}", field=FIELD)
+    if name in RESERVED_NAMES:
+        raise InvalidArgument(f"{name!r} is the base model: leave adapters out to ask it", field=FIELD)
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise InvalidArgument(f"weight of {name!r}: a number is wanted, got {weight!r:.80}", field=FIELD)
+    if not abs(weight) < MAX_WEIGHT + 1 or abs(round(weight * WEIGHT_ONE)) > MAX_WEIGHT * WEIGHT_ONE:
+        raise InvalidArgument(f"weight of {name!r}: at most {MAX_WEIGHT} in size, got {weight!r:.80}", field=FIELD)
     if version is not None and (isinstance(version, bool) or not isinstance(version, int | str)):
-        raise InvalidArgument(f"version of {name!r}: a number or a digest is wanted, got {version!r}", field=FIELD)
+        raise InvalidArgument(f"version of {name!r}: a number or a digest is wanted, got {version!r:.80}", field=FIELD)
     return AdapterSpec(name, round(weight * WEIGHT_ONE), version)
 
 
 def _only(tree: dict[str, Any], known: set[str]) -> None:
     if unknown := next((key for key in tree if key not in known), None):
-        raise InvalidArgument(f"unknown key {unknown!r}, known are {sorted(known)}", field=FIELD)
+        raise InvalidArgument(f"unknown key {unknown!r:.80}, known are {sorted(known)}", field=FIELD)

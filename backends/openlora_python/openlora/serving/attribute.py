@@ -112,6 +112,7 @@ class AttributionStep:
         """Project whatever the journal has, then answer those whose receipt is there."""
         control = self._connect_control(self._run)
         status = StatusReporter(self._run.socket("status"), "attribution")
+        status.report(ready=False, reason="starting")  # the launcher watches us from here on
         waiting: list[_Waiting] = []
         fault = ""
         while True:

@@ -42,6 +42,7 @@ class GenerationStep:
         self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
         self._control_seal = Seal(run.run_key_path, "control")
         self._living: dict[str, Generation] = {}
+        self._accepted: set[str] = set()  # ids, from Triton's thread on: `_living` has them a moment later
         self._capacity = run.settings.engine.max_batch + run.settings.engine.max_waiting
         self._log_fault = ""  # why attribution can't write receipts, if so
         self._journal = Journal.open(run.journal_dir, wait=True, on_failure=self._journal_failed)
@@ -58,6 +59,7 @@ class GenerationStep:
             prompt = self._codec.encode(prompt_text, add_special_tokens=ticket.text.add_special_tokens)
             if ticket.kind == "generate":
                 self._check_admission(ticket, prompt)
+                self._accepted.add(ticket.request_id)
         except OpenLoRAError as error:
             sink.fail(error)
             return
@@ -86,7 +88,7 @@ class GenerationStep:
             )
         if unknown := next((i for i in ticket.sampling.stop_token_ids if i >= info.vocab_size), None):
             raise InvalidArgument(f"{unknown} is not below the vocabulary's {info.vocab_size}", field="stop_token_ids")
-        if len(self._living) >= self._capacity:
+        if len(self._accepted) >= self._capacity:
             raise Overloaded(f"{self._capacity} requests run and wait already", retry_after_ms=OVERLOAD_RETRY_MS)
 
     async def _generate(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> None:
@@ -96,6 +98,7 @@ class GenerationStep:
             await generation.run()
         finally:
             del self._living[ticket.request_id]
+            self._accepted.discard(ticket.request_id)
 
     async def _stop(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> None:
         """Stop the one running request with this caller and label; answers one empty response."""

@@ -86,6 +86,7 @@ class Generation:
         self.ticket = ticket
         self._prompt = prompt
         self._prompt_text = prompt_text
+        self._echo = prompt_text if ticket.text.echo else ""  # goes before the first text
         self._sink = sink
         self._engine = engine
         self._usage = usage
@@ -153,6 +154,8 @@ class Generation:
         await self._usage.begin(self.ticket, info, len(self._prompt), self._prompt_text)
         finish_reason = CANCELLED if self._cancelled.is_set() else await self._run_engine(info, deadline)
         self._take_text(self._text.finish())
+        if self._text.stopped and finish_reason == "length":
+            finish_reason = "stop"  # completed by the very last bytes
         status = STATUS_CANCELLED if finish_reason == CANCELLED else STATUS_COMPLETE
         seq = await self._usage.complete(status)
         self.streaming = False
@@ -186,7 +189,7 @@ class Generation:
             await self._engine.cancel(self.ticket.request_id)
             raise DeadlineExceeded(f"not finished in {self.ticket.timeout_ms} ms")
         wake = min(deadline, self._last_response + PROBE_SECONDS)
-        if self._pending and self.streaming:
+        if self._pending.text and self.streaming:
             wake = min(wake, self._last_delta + self._pacing.window())
         try:
             return await asyncio.wait_for(self._events.get(), max(0.0, wake - now))
@@ -245,9 +248,7 @@ class Generation:
 
     def _flush(self, kind: str, *, finish_reason: str = "", seq: int = -1) -> None:
         pending, self._pending = self._pending, _Pending()
-        text = "".join(pending.text)
-        if self.ticket.text.echo and not self._sent_tokens:
-            text = self._prompt_text + text
+        text, self._echo = self._echo + "".join(pending.text), ""
         self._sent_tokens = self._sent_tokens or bool(pending.token_ids) or kind == "last"
         self._last_delta = time.monotonic()
         wants_logprobs = self.ticket.sampling.logprobs is not None

@@ -32,7 +32,7 @@ from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
 from .base_model import read_base_model
 from .health import HealthServer
-from .parent_watch import remove_shared_memory
+from .parent_watch import parent_of, remove_shared_memory
 from .processes import Command, KeptProcess, wait_for_exit
 from .seal import write_run_key
 from .state_dir import StateDir
@@ -41,6 +41,7 @@ from .tritonserver import build_backend_directory, find_tritonserver, server_com
 STUBS = ("adapter_resolver", "generation", "attribution")
 TICK_SECONDS = 0.1
 STOP_SECONDS = 15.0
+START_SECONDS = 120.0  # for tritonserver to load its models; a stub may die before we know of it
 PORT_SECONDS = 20.0  # how long ports of a server that was just killed may stay taken
 
 log = logging.getLogger("openlora")
@@ -68,7 +69,7 @@ class Launcher:
         self._run.save()
         self._backends = self._run.run_dir / "backends"
         build_backend_directory(self._install, self._backends)
-        self._server_starts = 0
+        self._server_starts, self._server_started_at = 0, 0.0
         policy = settings.restart
         logs = self._run.log_dir
         self._engine = KeptProcess("engine", self._engine_command, logs / "engine.log", policy)
@@ -171,7 +172,7 @@ class Launcher:
                 pidfd = os.pidfd_open(report.pid)
             except ProcessLookupError:
                 return
-            if _parent_of(report.pid) != self._server.pid:
+            if parent_of(report.pid) != self._server.pid:
                 os.close(pidfd)
                 return  # an orphan of a server that is gone
             stub = self._stubs[report.name] = _Stub(report.pid, pidfd, False, "", now)
@@ -207,6 +208,11 @@ class Launcher:
             self._engine_ready = False
             self._engine_moved_at = now
             self._engine.kill()
+        if self._server.running and len(self._stubs) < len(STUBS) and now - self._server_started_at > START_SECONDS:
+            log.error("the models did not all start in %.0f s: restarting tritonserver", START_SECONDS)
+            self._server_started_at = now
+            self._server.kill()
+            self._drop_stubs()
         for name in ("generation", "attribution"):  # the resolver reports once
             stub = self._stubs.get(name)
             if stub and self._server.running and now - stub.heard_at > limit:
@@ -249,7 +255,7 @@ class Launcher:
 
     def _engine_command(self) -> Command:
         engine, run = self._run.settings.engine, self._run
-        names = "dtype device quantization max_batch max_step_tokens kv_cache_tokens max_adapters max_rank max_waiting"
+        names = "dtype device quantization max_batch max_step_tokens kv_cache_tokens max_adapters max_rank"
         config = EngineConfig(
             kind=engine.kind,
             model_dir=str(run.base.path),
@@ -258,7 +264,12 @@ class Launcher:
             status_socket=run.socket("status"),
             launcher_pid=run.launcher_pid,
             threads=engine.threads,
-            options={"max_model_len": run.base.max_model_len, **{name: getattr(engine, name) for name in names.split()}},
+            options={
+                "max_model_len": run.base.max_model_len,
+                # Generation counts, and refuses; of what it accepted the engine refuses nothing.
+                "max_waiting": engine.max_batch + engine.max_waiting,
+                **{name: getattr(engine, name) for name in names.split()},
+            },
         )
         file = run.run_dir / "engine.json"
         file.write_bytes(msgspec.json.encode(config))
@@ -273,6 +284,7 @@ class Launcher:
         remove_shared_memory(self._run.shm_prefix)
         write_run_key(self._run.run_key_path)  # tickets and chunks of before are worth nothing now
         self._server_starts += 1
+        self._server_started_at = time.monotonic()
         prefix = f"{self._run.shm_prefix}{self._server_starts}_"
         return Command(
             server_command(self._install, self._run, self._backends, prefix),
@@ -340,14 +352,6 @@ class Launcher:
 
 def _has_work(report: Report) -> bool:
     return bool(report.stats and (report.stats.running or report.stats.waiting))
-
-
-def _parent_of(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except FileNotFoundError:
-        return None
 
 
 def _is_free(host: str, port: int) -> bool:

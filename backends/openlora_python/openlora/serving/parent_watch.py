@@ -40,16 +40,28 @@ def _leave(before: Callable[[], None] | None) -> None:
 def watch_from_stub(launcher_pid: int, shm_prefix: str) -> None:
     """A stub's watch: gone with tritonserver; and if the launcher goes, tritonserver and its shared memory go first."""
     server_pid = os.getppid()
+    server = os.pidfd_open(server_pid)
+    if parent_of(server_pid) != launcher_pid:
+        _leave(None)  # tritonserver ended while we started: whoever takes orphans is our parent now
 
     def end_server() -> None:
         try:
-            os.kill(server_pid, signal.SIGKILL)
+            signal.pidfd_send_signal(server, signal.SIGKILL)
         except ProcessLookupError:
             pass  # gone already, which is what we want
         remove_shared_memory(shm_prefix)
 
     exit_with(launcher_pid, end_server)
     exit_with(server_pid)
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def remove_shared_memory(prefix: str) -> list[str]:

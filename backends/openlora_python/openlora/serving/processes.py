@@ -64,7 +64,11 @@ class KeptProcess:
         self._start_at = None
 
     def reap(self) -> int:
-        """Call when the pidfd is readable: collects the process; returns its exit status."""
+        """Call when the pidfd is readable: collects the process, and ends what it left; returns its exit status.
+
+        What it left: stubs of a killed tritonserver that were still starting, and would hold the journal for ever.
+        """
+        os.killpg(self._process.pid, signal.SIGKILL)  # the number is its session's until it is collected
         status = self._process.wait()
         os.close(self.pidfd)
         self._process = self.pidfd = None

@@ -154,12 +154,15 @@ class ResolverStep:
         if sampling.lora_name is not None:
             if spec is not None:
                 raise InvalidArgument("given twice with this request, as adapters and as lora_name", field="adapters")
-            spec = sampling.lora_name
+            try:
+                return parse_adapters(sampling.lora_name)
+            except InvalidArgument as error:
+                raise InvalidArgument(error.message, field="lora_name") from error
         return () if spec is None else parse_adapters(spec)
 
     def _pinned(self, caller: str, spec: AdapterSpec) -> AdapterRecord:
         """The exact version. What a caller may not use gets the same words as what does not exist."""
-        unknown = AdapterNotFound(f"no adapter {spec.name!r}" + (f" version {spec.version!r}" if spec.version else ""))
+        unknown = AdapterNotFound(f"no adapter {spec.name!r}" + (f" version {spec.version!r:.80}" if spec.version else ""))
         if not self._policy.allows(caller, spec.name):
             raise unknown
         try:

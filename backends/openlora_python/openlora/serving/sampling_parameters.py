@@ -40,7 +40,7 @@ class SamplingParameters(BaseModel):
     min_tokens: Integer = Field(default=0, ge=0)
     temperature: Number = Field(default=1.0, ge=0.0, le=100.0)
     top_p: Number = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: Integer = Field(default=0, ge=-1)  # 0 and -1: all
+    top_k: Integer = Field(default=0, ge=-1, lt=2**31)  # 0 and -1: all
     min_p: Number = Field(default=0.0, ge=0.0, le=1.0)
     repetition_penalty: Number = Field(default=1.0, gt=0.0, le=10.0)
     presence_penalty: Number = Field(default=0.0, ge=-2.0, le=2.0)
@@ -55,7 +55,7 @@ class SamplingParameters(BaseModel):
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
     lora_name: str | None = None
-    priority: Integer = 0
+    priority: Integer = Field(default=0, ge=-(2**31), lt=2**31)
     timeout_ms: Annotated[int | None, BeforeValidator(_no_bool)] = Field(default=None, ge=1)
     n: Integer = Field(default=1, ge=1, le=1)
     best_of: Annotated[int | None, BeforeValidator(_no_bool)] = Field(default=None, ge=1, le=1)
@@ -125,7 +125,7 @@ def merge_sampling(
         return SamplingParameters.model_validate({**given, **tensors})
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "sampling_parameters"
+        name = str(first["loc"][0])[:80] if first["loc"] else "sampling_parameters"
         if first["type"] == "extra_forbidden":
             raise InvalidArgument("no such parameter", field=name) from error
         message = first["msg"].removeprefix("Value error, ")

@@ -61,49 +61,61 @@ class TextAssembler:
         self._skip_special = skip_special_tokens
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)  # empty: seeding could leak the prompt
         self._ids: list[int] = []
-        self._decoded = ""  # all text so far, released or held
+        self._begin = 0  # the id from which `_decoded` counts
+        self._decoded = ""  # text since then, released or held
+        self._next = 0  # the first id that has given no text yet
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that this token sets free; `stopped` is then true if it completed a stop string."""
         self._ids.append(token_id)
-        piece = self._decode_next(token_id)
-        if not piece:
-            return ""
-        self._decoded += piece
-        self._held += piece
-        found = [(at, -len(stop), stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, _, stop = min(found)
-            self.stopped = True
-            released, self._held = self._held[: at + len(stop) if self._include_stop else at], ""
-            return released
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return released
+        return self._release(self._decode_next(token_id))
 
     def finish(self) -> str:
         """What was still held, and U+FFFD for bytes that never became a character; nothing after a stop string."""
         if self.stopped:
             return ""
-        whole = _guarded(self._tokenizer.decode, self._ids, skip_special_tokens=self._skip_special)
-        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
-        released, self._held = self._held + rest, ""
+        released = self._release(self._rest()) + self._held
+        self._held = ""
+        return released
+
+    def _release(self, piece: str) -> str:
+        """What may be shown of the held text and `piece`; of several stop strings the one that ends first counts."""
+        self._decoded += piece
+        self._held += piece
+        if found := [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]:
+            end, begin = min(found)
+            self.stopped = True
+            released, self._held = self._held[: end if self._include_stop else begin], ""
+            return released
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return released
 
     def _decode_next(self, token_id: int) -> str:
         try:
-            return _guarded(self._stream.step, self._tokenizer, token_id) or ""
+            piece = _guarded(self._stream.step, self._tokenizer, token_id) or ""
         except OpenLoRAError:
             raise
         except Exception as error:
             if "Invalid prefix" not in str(error):
                 raise Internal(f"token {token_id} can't be decoded: {error}") from error
-        # The decoder rewrote text it had already given out: take the difference, and start again from here.
-        self._stream = DecodeStream(ids=self._ids, skip_special_tokens=self._skip_special)
-        whole = _guarded(self._tokenizer.decode, self._ids, skip_special_tokens=self._skip_special)
-        return whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
+            # The decoder rewrote text that is out already (a run of byte tokens turned invalid): go on behind it.
+            self._begin, self._decoded = self._next, ""
+            self._stream = DecodeStream(ids=self._ids[self._begin :], skip_special_tokens=self._skip_special)
+            piece = self._rest()
+        if piece:
+            self._next = len(self._ids)
+        return piece
+
+    def _rest(self) -> str:
+        """Text of the ids so far that was not given out yet."""
+        whole = self._decode(self._begin)
+        return whole[len(self._decoded) :] if whole.startswith(self._decoded) else self._decode(self._next)
+
+    def _decode(self, begin: int) -> str:
+        return _guarded(self._tokenizer.decode, self._ids[begin:], skip_special_tokens=self._skip_special)
 
 
 def _overlap(text: str, stop: str) -> int:
