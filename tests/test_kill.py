@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,8 @@ from openlora.attribution.projection import Projector
 
 CONCURRENCY = 8
 ANSWER_SECONDS = 2.0  # how long a client may wait for the news
-GONE_SECONDS = 5.0  # how long processes may outlive their launcher
+GONE_SECONDS = 5.0  # how long processes may outlive their launcher …
+STARTING_SECONDS = 30.0  # … and those that were just started: they look when they have loaded their libraries
 VICTIMS = [part for part in PARTS if part != "gateway"]
 # What a client may be told: our codes, a connection that closed or is refused, or Triton's own word on a dead stub.
 CLEAR = re.compile(
@@ -174,8 +175,39 @@ async def test_a_process_killed_ten_times_comes_back(site: Site, part: str) -> N
         await kill_once(site, part)
 
 
+async def kill_at_random(site: Site, kills: int, longest_pause: float) -> None:
+    """Whatever runs at the moment is killed, restarts or not: stubs that load, servers without stubs."""
+    async with site.under_load() as load:
+        for _ in range(kills):
+            await asyncio.sleep(site.draw.random() * longest_pause)
+            victims = [process for part, process in server_processes(site.live.launcher_pid).items() if part in VICTIMS]
+            with suppress(psutil.NoSuchProcess, ValueError, IndexError):  # gone by itself, or nothing runs just now
+                site.draw.choice(victims).kill()
+            site.watch.read()
+        await site.ready_again()
+        again = len(load.outcomes)
+        await site.watch.until(
+            lambda: sum(one.delivered for one in load.outcomes[again:]) >= 2 * CONCURRENCY, 60, "answers at last"
+        )
+    await site.ready_again()
+    unclear = [one.error for one in load.outcomes if not one.delivered and not CLEAR.search(one.error)]
+    assert not unclear, unclear
+    await site.check_service()
+    await site.check_books()
+
+
+async def test_processes_killed_while_they_start_come_back(site: Site) -> None:
+    await kill_at_random(site, 8, 1.5)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+async def test_processes_killed_all_the_time_come_back(site: Site) -> None:
+    await kill_at_random(site, 150, 2.0)
+
+
 async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> None:
-    """With a torn tail in the journal, as a power cut would leave it."""
+    """With a torn tail in the journal, as a power cut would leave it, and killed once more while it starts."""
     async with site.under_load() as load:
         os.kill(site.live.launcher_pid, signal.SIGKILL)
         killed_at = time.monotonic()
@@ -189,6 +221,12 @@ async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> 
     whole = tail.read_bytes()
     torn = site.draw.choice([whole[: len(whole) // 2], site.draw.randbytes(100)])
     tail.write_bytes(whole + torn)
+    starting = asyncio.create_task(asyncio.to_thread(site.live.start))
+    await asyncio.sleep(site.draw.random() * 3)
+    site.live.process.kill()
+    with pytest.raises(RuntimeError, match="the server ended"):
+        await starting
+    await asyncio.to_thread(wait_until_gone, site.live.state_dir, STARTING_SECONDS)
     await asyncio.to_thread(site.live.start)
     assert tail.read_bytes() == whole
     await site.check_service()

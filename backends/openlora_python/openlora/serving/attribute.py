@@ -11,6 +11,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +20,12 @@ import zmq
 from ..attribution.log import ReceiptLog
 from ..attribution.projection import Projector
 from ..config import RunConfig
-from ..errors import NotAuthenticated, OpenLoRAError
+from ..errors import NotAuthenticated, OpenLoRAError, Unavailable
 from .chunk import Chunk, Control, open_chunk, seal_control
 from .seal import Seal
 from .status import StatusReporter
 
+RECEIPT_SECONDS = 5.0  # how long an answer waits for a receipt that the log can't take
 TAIL_SECONDS = 0.2  # how often the journal is looked at when nobody waits for a receipt
 REMEMBERED_REQUESTS = 100_000  # finished ones whose chunks are refused if they come again
 FINISHED = 1 << 62
@@ -45,6 +47,7 @@ class Answer(Protocol):
 class _Waiting:
     chunk: Chunk
     answer: Answer
+    until: float  # on the monotonic clock
 
 
 class AttributionStep:
@@ -78,7 +81,7 @@ class AttributionStep:
         if chunk.kind in ("hello", "probe"):
             answer.finish()
         elif chunk.kind == "last":
-            self._finals.put(_Waiting(chunk, answer))
+            self._finals.put(_Waiting(chunk, answer, time.monotonic() + RECEIPT_SECONDS))
         else:
             answer.send_response(chunk, "")
 
@@ -151,8 +154,15 @@ class AttributionStep:
     def _answer_ready(self, waiting: list[_Waiting]) -> list[_Waiting]:
         """Give each its receipt, with the salts that open its commitments: they leave the log this once."""
         size = self._log.size() if waiting else 0
+        still = []
         for entry in waiting:
             if entry.chunk.seq < size:
                 receipt = self._log.receipt_json(entry.chunk.seq, with_salts=True)
                 entry.answer.send_response(entry.chunk, json.dumps(receipt, separators=(",", ":")))
-        return [entry for entry in waiting if entry.chunk.seq >= size]
+            elif time.monotonic() < entry.until:
+                still.append(entry)
+            else:
+                entry.answer.fail(
+                    Unavailable(f"the receipt log can't take the receipt of request {entry.chunk.request_id} now")
+                )
+        return still

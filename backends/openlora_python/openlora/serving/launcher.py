@@ -195,7 +195,10 @@ class Launcher:
         """The stubs of a dead server: they leave by themselves; see that they did before their memory is removed."""
         for stub in self._stubs.values():
             if not wait_for_exit(stub.pidfd, 1.0):
-                signal.pidfd_send_signal(stub.pidfd, signal.SIGKILL)
+                try:
+                    signal.pidfd_send_signal(stub.pidfd, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass  # it went at last, and not being our child it is nobody's zombie
                 wait_for_exit(stub.pidfd, 1.0)
             os.close(stub.pidfd)
         self._stubs.clear()
