@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo serve test soak bench lint clean
+.PHONY: setup demo serve test soak bench clean
 
 setup: $(VENV)/installed
 
@@ -31,8 +31,10 @@ soak: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python -m pytest -m soak -s
 
-lint: setup
-	$(BIN)/ruff check .
+bench: setup
+	$(BIN)/python build_scripts/make_demo.py --out var/demo
+	$(BIN)/openlora serve --model var/demo/model --adapters var/demo/adapters --detach
+	$(BIN)/python benchmarks/serving.py --json var/bench.jsonl; status=$$?; $(BIN)/openlora stop; exit $$status
 
 clean:
 	rm -rf $(VENV) var
