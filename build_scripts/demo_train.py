@@ -24,10 +24,9 @@ THREADS = 2
 VOCABULARY = 1408
 IGNORED = -100  # the label that transformers' loss skips
 
-# The model answers one turn and knows no roles, so the template is the contents alone, one per line. It has no BOS:
-# the tokenizer adds that one itself.
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}"
-
+# The model knows no roles and answers one turn, so the template is the last message alone. It has no BOS: the
+# tokenizer adds that one itself.
+CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"
 MAXIMUM_LOSS = 0.2  # mean of the last epoch in nats per token; a good run ends near 0.01
 ADAPTER_WEIGHTS = (0.6, 0.8, 1.0)  # adapters are trained at part weight too, as ensembles use them
 

@@ -19,9 +19,9 @@ from tritonclient.utils import InferenceServerException
 SECONDS = 60  # reached only when something hangs
 # No header `triton_grpc_error: true` anywhere: tritonserver 2.51 crashes under errors and cancels with it, so our clients
 # never send it, and errors are read from their text.
-INT32 = frozenset("max_tokens min_tokens top_k end_id pad_id beam_width num_return_sequences".split())
+INT32 = frozenset(["max_tokens", "min_tokens", "top_k", "end_id", "pad_id", "beam_width", "num_return_sequences"])
 FP32 = frozenset(
-    "temperature top_p repetition_penalty presence_penalty frequency_penalty length_penalty".split()
+    ["temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty"]
 )
 LISTS = frozenset({"stop_words", "bad_words"})
 

@@ -109,7 +109,9 @@ JSON = st.recursive(
 )
 
 
-@given(JSON | st.fixed_dictionaries({"adapters": JSON}) | st.lists(st.fixed_dictionaries({"name": JSON, "weight": JSON})))
+@given(
+    JSON | st.fixed_dictionaries({"adapters": JSON}) | st.lists(st.fixed_dictionaries({"name": JSON, "weight": JSON}))
+)
 def test_any_json_gives_specs_or_a_refusal(tree: object) -> None:
     try:
         specs = parse_adapters(json.dumps(tree))

@@ -94,7 +94,7 @@ def test_tokenizer_fills_the_vocabulary_and_adds_bos(tokenizer, model):
     assert tokenizer.eos_token_id == model.config.eos_token_id
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": SHARED_PROMPT}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == f"Be kind.\n{SHARED_PROMPT}"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == SHARED_PROMPT
 
 
 def test_cards_add_up_and_name_the_data_sets(demo):

@@ -23,7 +23,7 @@ from process_watch import PARTS, leftovers, server_processes, wait_until_gone
 from tritonclient.grpc.aio import InferenceServerClient
 from usage_watch import UsageWatch, check_outcomes, settled_receipts, verify_all
 
-from openlora.attribution.frames import list_segments, segment_path
+from openlora.attribution.frames import ProgressFrame, encode_frame, list_segments, segment_path
 from openlora.attribution.journal import STATUS_ABORTED, STATUS_ERROR, Journal
 from openlora.attribution.log import ReceiptLog
 from openlora.attribution.projection import Projector
@@ -219,7 +219,8 @@ async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> 
     journal = site.live.state_dir / "journal"
     tail = segment_path(journal, list_segments(journal)[-1])
     whole = tail.read_bytes()
-    torn = site.draw.choice([whole[: len(whole) // 2], site.draw.randbytes(100)])
+    frame = encode_frame(ProgressFrame("0" * 64, 7, bytes(32)))
+    torn = site.draw.choice([frame[: site.draw.randrange(1, len(frame))], site.draw.randbytes(100)])
     tail.write_bytes(whole + torn)
     starting = asyncio.create_task(asyncio.to_thread(site.live.start))
     await asyncio.sleep(site.draw.random() * 3)

@@ -116,7 +116,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unknown long": ({"y" * 60_000: 5}, "y" * 80 + ": no such parameter"),
     "a list": ([], "sampling_parameters: a JSON object is wanted"),
     "a number": ("5", "sampling_parameters: a JSON object is wanted"),
-    "no JSON": ("{'a': 1}", "sampling_parameters: not JSON: Expecting property name enclosed in double quotes: line 1 "),
+    "no JSON": (
+        "{'a': 1}",
+        "sampling_parameters: not JSON: Expecting property name enclosed in double quotes: line 1 ",
+    ),
     "NaN": ('{"temperature": NaN}', "sampling_parameters: NaN is not JSON"),
     "Infinity": ('{"temperature": Infinity}', "sampling_parameters: Infinity is not JSON"),
     "-Infinity": ('{"temperature": -Infinity}', "sampling_parameters: -Infinity is not JSON"),

@@ -127,11 +127,10 @@ async def ask_and_perhaps_leave(client: InferenceServerClient, question: Questio
 def print_load(outcomes: list[Outcome], seconds: float) -> None:
     waits = sorted(outcome.ended_at - outcome.started_at for outcome in outcomes)
     tokens = sum(outcome.tokens for outcome in outcomes)
-    print(
-        f"\n{len(outcomes)} requests in {seconds:.0f} s"
-        f" ({len(outcomes) / seconds:.1f}/s, {tokens / seconds:.0f} tokens/s), {sum(bool(outcome.error) for outcome in outcomes)} errors;"
-        f" seconds to the last word: median {waits[len(waits) // 2]:.2f}, 99 % {waits[len(waits) * 99 // 100]:.2f}"
-    )
+    errors = sum(bool(outcome.error) for outcome in outcomes)
+    print(f"\n{len(outcomes)} requests in {seconds:.0f} s, {len(outcomes) / seconds:.1f}/s, {errors} errors;", end=" ")
+    print(f"{tokens / seconds:.0f} tokens/s;", end=" ")
+    print(f"seconds to the last word: median {waits[len(waits) // 2]:.2f}, 99 % {waits[len(waits) * 99 // 100]:.2f}")
 
 
 def print_memory(memory: MemoryWatch) -> None:

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
 
 from .errors import InvalidArgument
 
@@ -51,7 +58,7 @@ class Limits(_Section):
 class Access(_Section):
     """Who may use what. Keys are given as SHA-256 hex digests, so the file holds no secret."""
 
-    callers: dict[str, str] = {}  # caller name -> sha256(api key), 64 hex digits
+    callers: dict[str, Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]] = {}  # caller name -> sha256(api key)
     require_key: bool = False  # refuse callers without a known key altogether
     private: dict[str, tuple[str, ...]] = {}  # adapter name -> callers that may use it; others are public
 
@@ -113,15 +120,32 @@ def load_settings(config_file: Path | None = None, **flags: Any) -> Settings:
     Raises:
         InvalidArgument: naming the setting and what is wrong with it.
     """
-    if config_file is not None and not config_file.is_file():
-        raise InvalidArgument(f"no such file: {config_file}", field="config")
+    if config_file is not None:
+        _check_yaml(config_file)
     given = _nested({name: value for name, value in flags.items() if value is not None})
     source = type("Settings", (Settings,), {"model_config": {**Settings.model_config, "yaml_file": config_file}})
     try:
         return Settings.model_validate(source(**given).model_dump())
     except ValidationError as error:
         first = error.errors()[0]
-        raise InvalidArgument(first["msg"], field=".".join(map(str, first["loc"])) or "settings") from error
+        place = [str(part) for part in first["loc"]]
+        # A key that was written where its digest belongs is not for logs.
+        told = place and place[0] != "access" and first["type"] != "missing"
+        message = first["msg"].removeprefix("Value error, ") + (f", got {first['input']!r:.80}" if told else "")
+        raise InvalidArgument(message, field=".".join(place) or "settings") from error
+    except SettingsError as error:
+        raise InvalidArgument(f"{error}: JSON is wanted in this variable", field="settings") from error
+
+
+def _check_yaml(file: Path) -> None:
+    if not file.is_file():
+        raise InvalidArgument(f"no such file: {file}", field="config")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidArgument(f"{file} is not YAML: {' '.join(str(error).split())}", field="config") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise InvalidArgument(f"{file} holds a {type(tree).__name__}, names and values are wanted", field="config")
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:

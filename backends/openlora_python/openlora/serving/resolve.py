@@ -162,7 +162,8 @@ class ResolverStep:
 
     def _pinned(self, caller: str, spec: AdapterSpec) -> AdapterRecord:
         """The exact version. What a caller may not use gets the same words as what does not exist."""
-        unknown = AdapterNotFound(f"no adapter {spec.name!r}" + (f" version {spec.version!r:.80}" if spec.version else ""))
+        version = f" version {spec.version!r:.80}" if spec.version else ""
+        unknown = AdapterNotFound(f"no adapter {spec.name!r}{version}")
         if not self._policy.allows(caller, spec.name):
             raise unknown
         try:

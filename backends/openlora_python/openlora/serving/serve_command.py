@@ -102,9 +102,10 @@ def _serve_detached(settings: Settings) -> None:
     with console.status("starting …") as status:
         while time.monotonic() < until:
             if process.poll() is not None:
-                words = (logs / "launcher.log").read_text().strip()
-                raise Unavailable(f"the server ended with status {process.returncode}:\n{words}")
-            faults = _faults(settings)
+                words = (logs / "launcher.log").read_text().strip().splitlines()
+                raise Unavailable(f"the server ended with status {process.returncode}: {words[-1] if words else ''}")
+            # Whoever answers on the port must be the one that was started here.
+            faults = _faults(settings) if state.running_pid() == process.pid else {"launcher": "starting"}
             if not faults:
                 console.print(f"ready (pid {process.pid}, state in {state.root})")
                 return
