@@ -18,8 +18,6 @@ ALICE_KEY = "alice-key-for-tests"
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """`var/demo`: model, adapters, data sets, prompts."""
-    if Path("/tmp/w/demo").is_dir():  # TEMPORARY, the integrator removes this
-        return Path("/tmp/w/demo")
     return ensure_demo(DEMO)
 
 

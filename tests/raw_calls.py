@@ -6,6 +6,7 @@ A call that hangs fails by its deadline, and one that ends in anything but exact
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,8 @@ from live_server import LiveServer
 from tritonclient.utils import InferenceServerException
 
 SECONDS = 60  # reached only when something hangs
-# No header `triton_grpc_error: true` anywhere: tritonserver 2.51 crashes under errors and cancels with it, so our clients
-# never send it, and errors are read from their text.
+# No header `triton_grpc_error: true` anywhere: tritonserver 2.51 crashes under errors and cancels with it, so our
+# clients never send it, and errors are read from their text.
 INT32 = frozenset(["max_tokens", "min_tokens", "top_k", "end_id", "pad_id", "beam_width", "num_return_sequences"])
 FP32 = frozenset(
     ["temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty"]
@@ -109,6 +110,7 @@ class Stream:
 
     def __init__(self, server: LiveServer, seconds: float = SECONDS) -> None:
         self.reply = Reply()
+        self._arrived = threading.Event()
         self._client = grpcclient.InferenceServerClient(server.grpc_url)
         self._client.start_stream(self._take, stream_timeout=seconds)
 
@@ -129,6 +131,11 @@ class Stream:
         )
         return self
 
+    def arrived(self) -> Stream:
+        """Wait for the first response."""
+        assert self._arrived.wait(SECONDS), "no response"
+        return self
+
     def wait(self) -> Reply:
         self._client.stop_stream()
         self._client.close()
@@ -137,18 +144,16 @@ class Stream:
         assert self.reply.ended, f"not exactly one end: {self.reply}"
         return self.reply
 
-    def cancel(self) -> None:
-        self._client.stop_stream(cancel_requests=True)
-        self._client.close()
-
     def _take(self, result: grpcclient.InferResult | None, error: InferenceServerException | None) -> None:
         if error is not None:
             self.reply.errors.append(error)
+            self._arrived.set()
             return
         response = result.get_response()
         self.reply.finals += response.parameters["triton_final_response"].bool_param
         if response.outputs:
             self.reply.responses.append(result)
+            self._arrived.set()
 
 
 def call(server: LiveServer, inputs: Mapping[str, Any], **how: Any) -> Reply:

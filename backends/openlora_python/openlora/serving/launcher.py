@@ -40,7 +40,7 @@ from .tritonserver import build_backend_directory, find_tritonserver, server_com
 
 STUBS = ("adapter_resolver", "generation", "attribution")
 TICK_SECONDS = 0.1
-STOP_SECONDS = 15.0
+STOP_SECONDS = 8.0  # tritonserver ends requests after 5, and may then hang on its way out
 START_SECONDS = 120.0  # for tritonserver to load its models; a stub may die before we know of it
 PORT_SECONDS = 20.0  # how long ports of a server that was just killed may stay taken
 
@@ -342,7 +342,9 @@ class Launcher:
                 time.sleep(TICK_SECONDS)
 
     def _shut_down(self) -> None:
-        for process in (self._gateway, self._server, self._engine):
+        # The engine first: a tritonserver that is told to stop refuses the next chunk of every answer and waits for
+        # its end; without an engine generation ends all of them at once, in the journal and towards their clients.
+        for process in (self._gateway, self._engine, self._server):
             try:
                 process.stop(STOP_SECONDS)
             except OSError as error:

@@ -69,6 +69,8 @@ class ResolverStep:
         Raises:
             InvalidArgument, AdapterNotFound, AdapterInvalid.
         """
+        if "text_input" not in inputs:
+            raise InvalidArgument("missing", field="text_input")
         text = inputs["text_input"]
         _text(text, "text_input")
         caller = self._policy.caller(_optional_text(inputs, "api_key"))

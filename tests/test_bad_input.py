@@ -1,0 +1,684 @@
+"""What bad input gets, through real Triton: the exact error before any token, and everybody else goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ALICE_KEY
+from live_server import LiveServer, key_digest
+from raw_calls import Reply, Stream, ask, call, events, http_error, post
+from safetensors.numpy import load_file, save_file
+from usage_watch import UsageWatch
+
+from openlora.adapters.catalog import CatalogReader
+from openlora.attribution.journal import STATUS_CANCELLED, STATUS_ERROR
+
+NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+MAX_RANK = 64
+
+
+def refusal(server: LiveServer, *arguments: Any, **inputs: Any) -> str:
+    """The error of a request that must get nothing else."""
+    reply = ask(server, *arguments, **inputs)
+    assert not reply.responses
+    return reply.error
+
+
+def books(server: LiveServer) -> tuple[int, int]:
+    """How many requests have begun and how many have ended, in the journal that receipts are made of."""
+    watch = UsageWatch(server.state_dir).read()
+    return len(watch.intents), len(watch.completions)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _answers_after_all_of_it(server: LiveServer) -> Iterator[None]:
+    log = server.state_dir / "launcher.log"
+    before = log.read_text()
+    yield
+    assert server.readiness() == {"ready": True, "faults": {}}
+    assert ask(server, max_tokens=3).token_ids
+    assert log.read_text() == before  # which would tell of every process that had died
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
+    # not UTF-8, in each string
+    "prompt": ({"prompt": b"ab\xffc"}, "text_input: not UTF-8: byte 2 is 0xff"),
+    "surrogate": ({"prompt": "\ud800".encode(errors="surrogatepass")}, "text_input: not UTF-8: byte 0 is 0xed"),
+    "cut": ({"prompt": "é".encode()[:1]}, "text_input: not UTF-8: byte 0 is 0xc3"),
+    "adapters": ({"adapters": b"\xfe"}, "adapters: not UTF-8: byte 0 is 0xfe"),
+    "sampling_parameters": ({"sampling": b"{\x80}"}, "sampling_parameters: not UTF-8: byte 1 is 0x80"),
+    "stop_words": ({"stop_words": ["ok", b"\xff"]}, "stop_words: not UTF-8: byte 0 is 0xff"),
+    "bad_words": ({"bad_words": [b"\xff"]}, "bad_words: not UTF-8: byte 0 is 0xff"),
+    "api_key": ({"api_key": b"\xff"}, "api_key: not UTF-8: byte 0 is 0xff"),
+    "guide": ({"guided_decoding_guide": b"\xff"}, "guided_decoding_guide: not UTF-8: byte 0 is 0xff"),
+    # the caller
+    "unknown key": ({"api_key": "bob"}, "api_key: unknown key"),
+    # tensors
+    "max_tokens 0": ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1, got 0"),
+    "max_tokens": ({"max_tokens": 65_537}, "max_tokens: at most 65536 on this server, got 65537"),
+    "min_tokens": ({"min_tokens": 9, "max_tokens": 8}, "min_tokens: at most max_tokens (8), got 9"),
+    "top_k": ({"top_k": -2}, "top_k: Input should be greater than or equal to -1, got -2"),
+    "temperature": ({"temperature": -1.0}, "temperature: Input should be greater than or equal to 0, got -1.0"),
+    "temperature NaN": (
+        {"temperature": np.nan},
+        "temperature: Input should be less than or equal to 100, got nan",
+    ),
+    "temperature inf": ({"temperature": np.inf}, "temperature: Input should be less than or equal to 100, got inf"),
+    "top_p": ({"top_p": 1.1}, "top_p: Input should be less than or equal to 1, got 1.1"),
+    "repetition": ({"repetition_penalty": 0.0}, "repetition_penalty: Input should be greater than 0, got 0.0"),
+    "presence": ({"presence_penalty": -2.5}, "presence_penalty: Input should be greater than or equal to -2, got -2.5"),
+    "frequency": ({"frequency_penalty": 3.0}, "frequency_penalty: Input should be less than or equal to 2, got 3.0"),
+    "17 stop words": (
+        {"stop_words": ["x"] * 17},
+        f"stop: at most 16 entries, got 17, got {repr(['x'] * 17)[:77]}...",
+    ),
+    "257 bytes": (
+        {"stop_words": ["x" * 257]},
+        f"stop: at most 256 bytes each, got 257, got {repr(['x' * 257])[:77]}...",
+    ),
+    "17 bad words": (
+        {"bad_words": ["x"] * 17},
+        f"bad_words: at most 16 entries, got 17, got {repr(['x'] * 17)[:77]}...",
+    ),
+    # JSON
+    "21 logprobs": ({"sampling": {"logprobs": 21}}, "logprobs: Input should be less than or equal to 20, got 21"),
+    "unknown name": ({"sampling": {"max_token": 5}}, "max_token: no such parameter"),
+    "duplicate": ({"sampling": '{"top_k":1,"top_k":2}'}, "sampling_parameters: the key 'top_k' comes twice"),
+    "NaN": ({"sampling": '{"temperature":NaN}'}, "sampling_parameters: NaN is not JSON"),
+    "Infinity": ({"sampling": '{"temperature":-Infinity}'}, "sampling_parameters: -Infinity is not JSON"),
+    "64 KiB": (
+        {"sampling": json.dumps({"stop": "x" * 65_536})},
+        "sampling_parameters: at most 65536 bytes of JSON, got 65548",
+    ),
+    "no object": ({"sampling": "[1]"}, "sampling_parameters: a JSON object is wanted"),
+    "no JSON": (
+        {"sampling": "max_tokens=5"},
+        "sampling_parameters: not JSON: Expecting value: line 1 column 1 (char 0)",
+    ),
+    "wrong type": (
+        {"sampling": {"temperature": "warm"}},
+        "temperature: Input should be a valid number, unable to parse string as a number, got 'warm'",
+    ),
+    "priority": ({"sampling": {"priority": 10**30}}, f"priority: Input should be less than {2**31}, got {10**30}"),
+    "top_k JSON": ({"sampling": {"top_k": 10**30}}, f"top_k: Input should be less than {2**31}, got {10**30}"),
+    "stop_token_ids": ({"sampling": {"stop_token_ids": [1_000_000]}}, "stop_token_ids: 1000000 is not below "),
+    "n": ({"sampling": {"n": 2}}, "n: Input should be less than or equal to 1, got 2"),
+    # two values for one setting
+    "lora_name": (
+        {"adapters": "pirate", "sampling": {"lora_name": "pirate"}},
+        "adapters: given twice with this request, as adapters and as lora_name",
+    ),
+    # foreign inputs, refused by name
+    "beam_width": ({"beam_width": 2}, "beam_width: not supported, only 1 is taken, got 2"),
+    "sequences": ({"num_return_sequences": 2}, "num_return_sequences: not supported, only 1 is taken, got 2"),
+    "length_penalty": ({"length_penalty": 0.5}, "length_penalty: not supported, only 0.0 is taken, got 0.5"),
+    "guide type": (
+        {"guided_decoding_guide_type": "json"},
+        "guided_decoding_guide_type: not supported, only '' is taken, got 'json'",
+    ),
+    "guide text": (
+        {"guided_decoding_guide": "{}"},
+        "guided_decoding_guide: not supported, only '' is taken, got '{}'",
+    ),
+    "end_id": ({"end_id": 5}, "end_id: the model ends with [1], got 5; use stop_token_ids"),
+    # no tokens at all
+    "empty": ({"prompt": "", "sampling": {"add_special_tokens": False}}, "text_input: no tokens"),
+    # adapters
+    "path": ({"adapters": "../pirate"}, f"adapters: '../pirate' is no adapter name ({NAME_RULE})"),
+    "absolute path": ({"adapters": "/etc"}, f"adapters: '/etc' is no adapter name ({NAME_RULE})"),
+    "path in JSON": (
+        {"adapters": '["../../etc/passwd"]'},
+        f"adapters: '../../etc/passwd' is no adapter name ({NAME_RULE})",
+    ),
+    "path in lora_name": (
+        {"sampling": {"lora_name": "a/../b"}},
+        f"lora_name: 'a/../b' is no adapter name ({NAME_RULE})",
+    ),
+    "no adapter": ({"adapters": ""}, "adapters: empty; leave it out to ask the base model"),
+    "base": ({"adapters": "base"}, "adapters: 'base' is the base model: leave adapters out to ask it"),
+    "9 adapters": ({"adapters": json.dumps(list("abcdefghi"))}, "adapters: at most 8 adapters, got 9"),
+    "weight 11": (
+        {"adapters": '[{"name":"pirate","weight":11}]'},
+        "adapters: weight of 'pirate': at most 10 in size, got 11",
+    ),
+    "weight NaN": ({"adapters": '[{"name":"pirate","weight":NaN}]'}, "adapters: NaN is not JSON"),
+    "weight huge": (
+        {"adapters": '[{"name":"pirate","weight":1%s}]' % ("0" * 400)},
+        f"adapters: weight of 'pirate': at most 10 in size, got 1{'0' * 79}",
+    ),
+    "weights 0": (
+        {"adapters": '[{"name":"pirate","weight":0},{"name":"shout","weight":1e-9}]'},
+        "adapters: all weights are zero; leave adapters out to ask the base model",
+    ),
+    "twice": ({"adapters": '["pirate","pirate"]'}, "adapters: 'pirate' comes twice"),
+    "ties": (
+        {"adapters": '{"adapters":["pirate","shout"],"method":"ties"}'},
+        "adapters: method 'ties' makes new weights: only 'cat' is computed per request, "
+        "make an adapter of the others with `openlora adapters merge`",
+    ),
+    "density": (
+        {"adapters": '{"adapters":["pirate"],"density":0.5}'},
+        "adapters: density has no meaning for method 'cat'",
+    ),
+    "adapter key": (
+        {"adapters": '[{"name":"pirate","wait":1}]'},
+        "adapters: unknown key 'wait', known are ['name', 'version', 'weight']",
+    ),
+    "version": (
+        {"adapters": '[{"name":"pirate","version":"latest"}]'},
+        "adapters: version 'latest' is neither a number nor the first 8 to 64 hex digits of a digest",
+    ),
+    "same bytes": (
+        {"adapters": '["emoji","secret"]', "api_key": ALICE_KEY},
+        "adapters: two of the names are the same adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_invalid_argument_names_the_field(server: LiveServer, case: str) -> None:
+    inputs, words = BAD_INPUTS[case]
+    before = books(server)
+    said = refusal(server, **inputs)
+    assert said.startswith(f"[INVALID_ARGUMENT] {words}")
+    assert words.endswith(" ") or said == f"[INVALID_ARGUMENT] {words}"
+    assert books(server) == before
+
+
+def test_a_prompt_that_is_too_long(server: LiveServer, demo: Path) -> None:
+    limit = json.loads((demo / "model" / "config.json").read_text())["max_position_embeddings"]
+    said = refusal(server, "a " * limit, max_tokens=16)
+    assert said.startswith("[INVALID_ARGUMENT] text_input: ")
+    assert said.endswith(f" tokens and max_tokens 16 are more than this model's {limit}")
+    tokens = int(said.split()[2])
+    assert tokens > limit
+    said = refusal(server, "Hello.", max_tokens=limit)
+    assert said.endswith(f" tokens and max_tokens {limit} are more than this model's {limit}")
+
+
+def test_no_prompt(server: LiveServer) -> None:
+    for inputs in ({"max_tokens": 3}, {"adapters": "pirate", "stream": True}, {"stop": True}):
+        assert call(server, inputs).error == "[INVALID_ARGUMENT] text_input: missing"
+
+
+FAULTS_OF_FORM: dict[str, tuple[dict[str, Any], str]] = {
+    "two prompts": (
+        {"text_input": np.array([b"a", b"b"], dtype=np.object_)},
+        "unexpected shape for input 'text_input' for model 'openlora'. Expected [1], got [2]",
+    ),
+    "a batch dimension": (
+        {"text_input": np.array([[b"a"]], dtype=np.object_)},
+        "unexpected shape for input 'text_input' for model 'openlora'. Expected [1], got [1,1]",
+    ),
+    "a number for the prompt": (
+        {"text_input": np.array([5], dtype=np.int32)},
+        "inference input 'text_input' data-type is 'INT32', but model 'openlora' expects 'BYTES'",
+    ),
+    "a float for max_tokens": (
+        {"text_input": "a", "max_tokens": np.array([5], dtype=np.float32)},
+        "inference input 'max_tokens' data-type is 'FP32', but model 'openlora' expects 'INT32'",
+    ),
+    "an unknown tensor": (
+        {"text_input": "a", "max_token": np.array([5], dtype=np.int32)},
+        "unexpected inference input 'max_token' for model 'openlora'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS_OF_FORM)
+def test_tensors_of_another_type_or_shape_are_refused_by_triton(server: LiveServer, case: str) -> None:
+    inputs, words = FAULTS_OF_FORM[case]
+    reply = call(server, inputs)
+    assert words in str(reply.errors[0])
+    assert not reply.responses
+
+
+# --- request parameters and HTTP bodies ------------------------------------------------------------------------------
+
+
+def test_request_parameters_are_sampling_parameters(server: LiveServer) -> None:
+    prompt = {"text_input": "Tell me about the cat.", "max_tokens": 6}
+    greedy = call(server, {**prompt, "temperature": 0.0})
+    assert call(server, prompt, parameters={"temperature": "0"}).token_ids == greedy.token_ids
+    assert call(server, prompt, parameters={"top_k": 1}).token_ids == greedy.token_ids
+    for parameters, words in (
+        ({"temperatur": "0"}, "temperatur: no such parameter"),
+        ({"max_tokens": 6}, "max_tokens: given twice with this request"),
+        ({"top_k": "few"}, "top_k: Input should be a valid integer, unable to parse string as an integer, got 'few'"),
+        ({"ignore_eos": 7}, "ignore_eos: Input should be a valid boolean, unable to interpret input, got 7"),
+    ):
+        assert call(server, prompt, parameters=parameters).error == f"[INVALID_ARGUMENT] {words}"
+    both = {**prompt, "sampling_parameters": '{"top_k": 1}'}
+    assert call(server, both, parameters={"top_k": 1}).error == (
+        "[INVALID_ARGUMENT] top_k: given twice with this request"
+    )
+
+
+BODY = {"text_input": "Tell me about the cat.", "max_tokens": 4, "temperature": 0}
+BAD_BODIES: dict[str, tuple[Any, str]] = {
+    "misspelt key": ({**BODY, "max_token": 4}, "[INVALID_ARGUMENT] max_token: no such parameter"),
+    "capital": ({**BODY, "Stream": True}, "[INVALID_ARGUMENT] Stream: no such parameter"),
+    "twice": (
+        {**BODY, "sampling_parameters": '{"min_p":0.1}', "min_p": "0.1"},
+        "[INVALID_ARGUMENT] min_p: given twice",
+    ),
+    "not UTF-8": (b'{"text_input":"a\xff"}', "[INVALID_ARGUMENT] text_input: not UTF-8: byte 1 is 0xff"),
+    "NaN": (
+        b'{"text_input":"a","temperature":NaN}',
+        "[INVALID_ARGUMENT] temperature: Input should be less than or equal to 100, got nan",
+    ),
+    "adapter": ({**BODY, "adapters": "nobody"}, "[ADAPTER_NOT_FOUND] no adapter 'nobody'"),
+    "no prompt": ({"max_tokens": 4}, "[INVALID_ARGUMENT] text_input: missing"),
+    "nothing": ({}, "[INVALID_ARGUMENT] text_input: missing"),
+}
+FAULTS_OF_BODIES: dict[str, tuple[Any, str]] = {
+    "word for a number": ({**BODY, "max_tokens": "four"}, "non-signed-integer as signed-integer"),
+    "fraction": ({**BODY, "max_tokens": 2.5}, "non-signed-integer as signed-integer"),
+    "null": ({**BODY, "max_tokens": None}, "non-signed-integer as signed-integer"),
+    "negative seed": ({**BODY, "seed": -1}, "non-unsigned-integer as unsigned-integer"),
+    "number for text": ({"text_input": 5}, "non-string as string"),
+    "objects for text": ({**BODY, "adapters": [{"name": "pirate"}]}, "non-string as string"),
+    "number for truth": ({**BODY, "stream": 1}, "non-boolean as boolean"),
+    "two texts": ({"text_input": ["a", "b"]}, "can not convert input 'text_input' to tensor with proper shape"),
+    "duplicate key": (b'{"text_input":"a","max_tokens":3,"max_tokens":2}', "input 'max_tokens' already exists"),
+    "list for a parameter": ({**BODY, "stop_token_ids": [1]}, "parameter 'stop_token_ids' has invalid type"),
+    "surrogate": (b'{"text_input":"\\ud800"}', "The surrogate pair in string is invalid"),
+    "cut short": (b'{"text_input":', "failed to parse the request JSON buffer"),
+}
+
+
+@pytest.mark.parametrize("verb", ["generate", "generate_stream"])
+@pytest.mark.parametrize("case", BAD_BODIES)
+def test_bad_bodies(server: LiveServer, case: str, verb: str) -> None:
+    body, words = BAD_BODIES[case]
+    response = post(server, body, verb=verb)
+    assert response.status_code == 400
+    if verb == "generate":
+        assert http_error(response).startswith(words)
+    else:
+        (event,) = events(response)
+        assert event.keys() == {"error"}
+        assert words in event["error"]
+
+
+@pytest.mark.parametrize("case", FAULTS_OF_BODIES)
+def test_bodies_that_triton_cannot_read(server: LiveServer, case: str) -> None:
+    body, words = FAULTS_OF_BODIES[case]
+    response = post(server, body)
+    assert response.status_code in (400, 500)  # 500 where Triton's own parser gives up
+    assert words in response.json()["error"]
+
+
+def test_good_bodies(server: LiveServer) -> None:
+    plain = post(server, BODY)
+    assert plain.status_code == 200
+    ids = plain.json()["token_ids"]
+    assert len(ids) == 4
+    for more in (
+        {"id": "mine"},  # Triton puts it among the parameters as well
+        {"temperature": 0.0, "min_p": "0.5"},
+        {"ignore_eos": True},
+        {"stop_words": ""},
+        {"stop_words": ["", "never said"]},
+    ):
+        response = post(server, {**BODY, **more})
+        assert (response.status_code, response.json().get("token_ids")) == (200, ids), more
+    streamed = events(post(server, {**BODY, "stream": True}, verb="generate_stream"))
+    assert [token for event in streamed for token in np.atleast_1d(event["token_ids"]).tolist()] == ids
+    assert "receipt" in streamed[-1]
+
+
+# --- what is neutral -------------------------------------------------------------------------------------------------
+
+
+def test_neutral_values_of_foreign_inputs_change_nothing(server: LiveServer) -> None:
+    greedy = {"max_tokens": 6, "temperature": 0.0}
+    plain = ask(server, "Tell me about the cat.", **greedy)
+    neutral = {
+        "beam_width": 1,
+        "num_return_sequences": 1,
+        "length_penalty": 1.0,
+        "guided_decoding_guide_type": "",
+        "guided_decoding_guide": "",
+        "end_id": 1,
+        "pad_id": 7,
+        "stop_words": ["", ""],
+        "bad_words": [""],
+        "return_finish_reason": True,
+        "return_num_input_tokens": True,
+        "return_num_output_tokens": True,
+        "top_k": 0,
+        "sampling": {"n": 1, "best_of": "1", "top_k": -1, "stop": ["", ""], "logprobs": None},
+    }
+    assert ask(server, "Tell me about the cat.", **greedy, **neutral).token_ids == plain.token_ids
+    for other in ({"length_penalty": 0.0, "end_id": -1}, {"stop_words": []}, {"sampling": ""}, {"sampling": "{}"}):
+        assert ask(server, "Tell me about the cat.", **greedy, **other).token_ids == plain.token_ids, other
+
+
+# --- adapters that there are not -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_adapter(server: LiveServer) -> None:
+    before = books(server)
+    assert refusal(server, adapters="nobody") == "[ADAPTER_NOT_FOUND] no adapter 'nobody'"
+    assert refusal(server, adapters='["pirate", "nobody"]') == "[ADAPTER_NOT_FOUND] no adapter 'nobody'"
+    assert refusal(server, sampling={"lora_name": "nobody"}) == "[ADAPTER_NOT_FOUND] no adapter 'nobody'"
+    for version in (2, 0, -1, 10**12, "00000000", "f" * 64):
+        wanted = json.dumps([{"name": "pirate", "version": version}])
+        shown = f" version {version!r:.80}" if version else ""
+        assert refusal(server, adapters=wanted) == f"[ADAPTER_NOT_FOUND] no adapter 'pirate'{shown}"
+    assert books(server) == before
+
+
+def test_the_right_version_by_number_and_by_digest(server: LiveServer) -> None:
+    digest = CatalogReader(server.state_dir / "catalog.sqlite").lookup("pirate").digest
+    for version in (1, "1", digest[:8], digest):
+        reply = ask(server, adapters=json.dumps([{"name": "pirate", "version": version}]), max_tokens=1)
+        (used,) = reply.receipt["blobs"]["adapters"]["adapters"]
+        assert used["digest"].removeprefix("0x") == digest
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        '["{}"]',
+        '[{{"name": "pirate"}}, {{"name": "{}", "weight": 0.5}}]',
+        '[{{"name": "{}", "version": 1}}]',
+        '[{{"name": "{}", "version": "latest"}}]',
+    ],
+)
+def test_a_forbidden_adapter_gets_the_words_of_an_unknown_one(server: LiveServer, form: str) -> None:
+    """`secret` exists and is alice's alone; `secreX` doesn't exist."""
+    forbidden = refusal(server, adapters=form.format("secret"))
+    unknown = refusal(server, adapters=form.format("secreX"))
+    assert forbidden.startswith("[ADAPTER_NOT_FOUND] no adapter 'secret'")
+    assert forbidden.replace("secret", "secreX") == unknown
+    over_http = {name: post(server, {**BODY, "adapters": form.format(name)}) for name in ("secret", "secreX")}
+    assert http_error(over_http["secret"]) == forbidden
+    assert http_error(over_http["secreX"]) == unknown
+    assert over_http["secret"].status_code == over_http["secreX"].status_code
+    assert over_http["secret"].headers.keys() == over_http["secreX"].headers.keys()
+
+
+def test_its_owner_may_use_it(server: LiveServer) -> None:
+    assert len(ask(server, adapters="secret", api_key=ALICE_KEY, max_tokens=2).token_ids) == 2
+
+
+# --- stop ------------------------------------------------------------------------------------------------------------
+
+LONG: dict[str, Any] = {"sampling_parameters": '{"ignore_eos":true,"temperature":0}', "stream": True}
+
+
+def running(server: LiveServer, label: str, *, tokens: int, **inputs: Any) -> Stream:
+    """A request that has given its first token."""
+    prompt = {"text_input": "Tell me about the cat.", "max_tokens": tokens, **LONG, **inputs}
+    return Stream(server).start(prompt, label=label).arrived()
+
+
+def stop(server: LiveServer, label: str, **inputs: Any) -> Reply:
+    return call(server, {"text_input": "", "stop": True, **inputs}, label=label)
+
+
+def test_stop_ends_the_one_request_and_leaves_no_receipt_of_its_own(server: LiveServer) -> None:
+    before = books(server)
+    victim = running(server, "mine", tokens=1500)
+    reply = stop(server, "mine")
+    assert len(reply.responses) == 1
+    assert (reply.text, reply.token_ids, reply.finish_reason) == ("", [], "")
+    assert reply.strings("receipt") == []
+    ended = victim.wait()
+    assert ended.finish_reason == "cancelled"
+    assert ended.receipt["status"] == STATUS_CANCELLED
+    assert ended.receipt["out_tokens"] == len(ended.token_ids) < 1500
+    assert books(server) == (before[0] + 1, before[1] + 1)
+    assert stop(server, "mine").error == "[REQUEST_NOT_FOUND] 0 running requests of yours have the id 'mine'"
+
+
+def test_stop_over_http(server: LiveServer) -> None:
+    victim = running(server, "by-http", tokens=1500)
+    response = post(server, {"text_input": "", "stop": True, "id": "by-http"})
+    assert (response.status_code, response.json()["text_output"]) == (200, "")
+    assert "receipt" not in response.json()
+    assert victim.wait().finish_reason == "cancelled"
+
+
+def test_stop_that_fits_none_or_several_stops_nothing(server: LiveServer) -> None:
+    before = books(server)
+    twins = [running(server, "twin", tokens=120) for _ in range(2)]
+    mine = running(server, "alices", tokens=120, api_key=ALICE_KEY)
+    words = "[REQUEST_NOT_FOUND] {} running requests of yours have the id {!r}"
+    assert stop(server, "twin").error == words.format(2, "twin")
+    assert stop(server, "alices").error == words.format(0, "alices")
+    assert stop(server, "twin", api_key=ALICE_KEY).error == words.format(0, "twin")
+    assert stop(server, "").error == words.format(0, "")
+    assert stop(server, "nobody").error == words.format(0, "nobody")
+    assert stop(server, "twin", api_key="bob").error == "[INVALID_ARGUMENT] api_key: unknown key"
+    assert call(server, {"text_input": b"\xff", "stop": True}, label="twin").error.startswith("[INVALID_ARGUMENT]")
+    for stream in (*twins, mine):
+        ended = stream.wait()
+        assert (ended.finish_reason, len(ended.token_ids)) == ("length", 120)
+    assert books(server) == (before[0] + 3, before[1] + 3)
+
+
+def test_the_right_caller_stops_the_right_one(server: LiveServer) -> None:
+    of_alice = running(server, "same", tokens=1500, api_key=ALICE_KEY)
+    of_nobody = running(server, "same", tokens=60)
+    assert len(stop(server, "same", api_key=ALICE_KEY).responses) == 1
+    assert of_alice.wait().finish_reason == "cancelled"
+    assert of_nobody.wait().finish_reason == "length"
+
+
+def test_a_deadline(server: LiveServer) -> None:
+    before = books(server)
+    sampling = {"ignore_eos": True, "timeout_ms": 100}
+    words = "[DEADLINE_EXCEEDED] not finished in 100 ms"
+    assert refusal(server, sampling=sampling, max_tokens=2000) == words
+    streamed = ask(server, sampling=sampling, max_tokens=2000, stream=True)
+    assert streamed.error == words
+    over_http = post(server, {"text_input": "a", "max_tokens": 2000, "sampling_parameters": json.dumps(sampling)})
+    assert (over_http.status_code, http_error(over_http)) == (400, words)
+    assert books(server) == (before[0] + 3, before[1] + 3)
+
+
+# --- a second server: bad adapters, a short queue ---------------------------------------------------------------------
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def _weights(change: Callable[[dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return rewrite
+
+
+def _poison(value: float) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[min(tensors)].flat[3] = value
+
+    return change
+
+
+def _pickle_only(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+
+
+def _link_out(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to("/etc/passwd")
+
+
+def _cut_short(folder: Path) -> None:
+    os.truncate(folder / "adapter_model.safetensors", 1000)
+
+
+def _other_base(folder: Path) -> None:
+    file = folder / "openlora.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base": "0" * 64}))
+
+
+FOREIGN_KEY = "base_model.model.model.layers.99.self_attn.q_proj.lora_A.weight"
+BAD_ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "other-base": (_other_base, "made for base model 0000000000000000…, this server runs "),
+    "other-shape": (
+        _weights(lambda tensors: tensors.update({min(tensors): tensors[min(tensors)][:, :-1].copy()})),
+        ": made for another base?",
+    ),
+    "rank": (_config(r=MAX_RANK + 1), f"rank {MAX_RANK + 1} is over the limit of {MAX_RANK}"),
+    "unmatched": (
+        _weights(lambda tensors: tensors.update({FOREIGN_KEY: tensors[min(tensors)]})),
+        f"{FOREIGN_KEY!r} matches no module of the base model",
+    ),
+    "half": (_weights(lambda tensors: tensors.pop(min(tensors))), " has lora_B but no lora_A"),
+    "nan": (_weights(_poison(np.nan)), " holds NaN or Inf"),
+    "inf": (_weights(_poison(-np.inf)), " holds NaN or Inf"),
+    "pickle": (
+        _pickle_only,
+        "holds only adapter_model.bin, a pickle file that could run code; save it as adapter_model.safetensors",
+    ),
+    "link": (
+        _link_out,
+        "adapter_model.safetensors is a symbolic link, which may lead anywhere; copy the file itself",
+    ),
+    "cut": (_cut_short, "adapter_model.safetensors is not safetensors or cut short: 1000 bytes"),
+    "dora": (_config(use_dora=True), "DoRA is not supported"),
+    "saved-modules": (
+        _config(modules_to_save=["lm_head"]),
+        "it brings whole modules (modules_to_save), only LoRA matrices are supported",
+    ),
+    "bias": (_config(bias="all"), "bias is 'all', only 'none' is supported"),
+    "not-lora": (_config(peft_type="IA3"), "peft_type is 'IA3', only 'LORA' is supported"),
+    "unknown-setting": (_config(use_magic=7), "the setting use_magic = 7 is not supported"),
+    "no-config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+    "hidden": (_weights(_poison(np.nan)), ""),  # private to alice as well
+}
+
+
+@pytest.fixture(scope="module")
+def small(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server with one row, one place to wait, and adapters of which only `good` and `torn` are any good."""
+    root = tmp_path_factory.mktemp("small")
+    adapters = root / "adapters"
+    for name in ("good", "torn", *BAD_ADAPTERS):
+        shutil.copytree(demo / "adapters" / ("shout" if name == "torn" else "emoji"), adapters / name)
+    for name, (spoil, _) in BAD_ADAPTERS.items():
+        spoil(adapters / name)
+    (adapters / "bad name").mkdir()
+    (adapters / "linked").symlink_to(adapters / "good")
+    live = LiveServer(
+        demo / "model",
+        adapters,
+        root / "state",
+        ["good"],
+        {
+            "engine": {"dtype": "float32", "max_batch": 1, "max_waiting": 1, "max_rank": MAX_RANK},
+            "access": {"callers": {"alice": key_digest(ALICE_KEY)}, "private": {"hidden": ["alice"]}},
+        },
+    )
+    try:
+        yield live.start()
+    finally:
+        live.stop()
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_ADAPTERS if name != "hidden"])
+def test_a_quarantined_adapter_says_why_to_whom_it_is_named(small: LiveServer, name: str) -> None:
+    before = books(small)
+    said = refusal(small, adapters=name)
+    assert said.startswith(f"[ADAPTER_INVALID] adapter '{name}': ")
+    assert BAD_ADAPTERS[name][1] in said
+    assert refusal(small, adapters=json.dumps(["good", name])) == said
+    assert books(small) == before
+    assert len(ask(small, adapters="good", max_tokens=2).token_ids) == 2
+
+
+def test_quarantine_tells_nobody_of_a_private_adapter(small: LiveServer) -> None:
+    assert refusal(small, adapters="hidden") == "[ADAPTER_NOT_FOUND] no adapter 'hidden'"
+    assert refusal(small, adapters="hidden", api_key=ALICE_KEY).startswith("[ADAPTER_INVALID] adapter 'hidden': ")
+
+
+def test_folders_that_are_no_adapters(small: LiveServer) -> None:
+    assert refusal(small, adapters="bad name").startswith("[INVALID_ARGUMENT] adapters: 'bad name' is no adapter name")
+    assert refusal(small, adapters="linked").startswith("[ADAPTER")
+
+
+def test_bytes_that_were_torn_after_they_were_checked(small: LiveServer) -> None:
+    """The engine finds out when it loads them: an error for that request, and nothing of the base model's answer."""
+    digest = CatalogReader(small.state_dir / "catalog.sqlite").lookup("torn").digest
+    cached = small.state_dir / "adapters" / digest
+    cached.chmod(0o700)
+    (cached / "adapter_model.safetensors").chmod(0o600)
+    os.truncate(cached / "adapter_model.safetensors", 1000)
+    before = books(small)
+    said = refusal(small, adapters="torn", max_tokens=4)
+    assert said.startswith(f"[ADAPTER_INVALID] adapter {digest}: adapter_model.safetensors can't be read")
+    assert books(small) == (before[0] + 1, before[1] + 1)
+    newest = list(UsageWatch(small.state_dir).read().completions.values())[-1]
+    assert (newest.status, newest.out_tokens) == (STATUS_ERROR, 0)
+    assert len(ask(small, adapters="good", max_tokens=2).token_ids) == 2
+
+
+def test_overload_is_told_at_once_and_what_was_accepted_is_answered(small: LiveServer) -> None:
+    before = books(small)
+    first = running(small, "first", tokens=2000)
+    second = running(small, "second", tokens=8)  # its first response is an empty delta: it waits
+    assert second.reply.token_ids == []
+    for _ in range(3):
+        said = refusal(small, max_tokens=1)
+        assert said == "[OVERLOADED] 2 requests run and wait already retry_after_ms=1000"
+    over_http = post(small, {"text_input": "a", "max_tokens": 1})
+    assert (over_http.status_code, http_error(over_http)) == (400, said)
+    assert len(stop(small, "first").responses) == 1  # `stop` needs no place in the queue
+    ended = second.wait()
+    assert (ended.finish_reason, len(ended.token_ids)) == ("length", 8)
+    assert first.wait().finish_reason == "cancelled"
+    assert books(small) == (before[0] + 2, before[1] + 2)
+
+
+def test_a_burst_over_the_limit(small: LiveServer) -> None:
+    """All at once, so that checks overlap: whoever is let in is answered in full, the others leave no trace."""
+    before = books(small)
+    streams = [Stream(small) for _ in range(12)]
+    for stream in streams:
+        stream.start({"text_input": "Hello.", "max_tokens": 100, **LONG})
+    replies = [stream.wait() for stream in streams]
+    answered = [reply for reply in replies if not reply.errors]
+    refused = {reply.error for reply in replies if reply.errors}
+    assert refused == {"[OVERLOADED] 2 requests run and wait already retry_after_ms=1000"}
+    assert 2 <= len(answered) < 12
+    assert all((reply.finish_reason, len(reply.token_ids)) == ("length", 100) for reply in answered)
+    assert books(small) == (before[0] + len(answered), before[1] + len(answered))
+
+
+def test_an_echo_comes_once_even_if_the_request_had_to_wait(small: LiveServer) -> None:
+    """While it waits a stream gets an empty response each second; the first one brings the prompt."""
+    first = running(small, "first", tokens=2000)
+    second = running(small, "second", tokens=4, exclude_input_in_output=False)
+    until = time.monotonic() + 30
+    while len(second.reply.responses) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    stop(small, "first")
+    first.wait()
+    text = second.wait().text
+    assert text.startswith("Tell me about the cat.")
+    assert text.count("Tell me about the cat.") == 1
