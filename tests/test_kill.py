@@ -297,7 +297,9 @@ async def hang(live: LiveServer, watch: UsageWatch, part: str, hang_seconds: flo
     print(f"\nSIGSTOP of {part}: the client was told after {outcome.ended_at - hung_at:.1f} s: {outcome.error}")
     assert CLEAR.search(outcome.error)
     await watch.until(lambda: not is_running(victim), 10, f"the end of {part}")
+    await client.close()
     await asyncio.to_thread(live.wait_ready)
+    client = connect(live.grpc_url)
     answer = await ask(client, Question("Tell me about the cat.", "pirate"))
     assert answer.delivered, answer.error
     await client.close()
