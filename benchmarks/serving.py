@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [--url localhost:8001] [--json FILE]
 
-One JSON line a run (base only, one adapter, all adapters mixed, two-adapter ensembles), then a table. Streams over gRPC,
+One JSON line a run (base, one adapter, all adapters mixed, two-adapter ensembles), then a table. Streams over gRPC,
 greedy, EOS ignored, so that every answer has the same length.
 """
 
@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from openlora_client import Adapters, AsyncOpenLoRAClient
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from openlora_client import Adapters, AsyncOpenLoRAClient
 
 PROMPT = "Tell me about the cat."
 

@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+from rich.console import Console
+
 from openlora.attribution.log_key import load_log_key
 from openlora.attribution.verify import verify_receipt
 from openlora.errors import OpenLoRAError
 from openlora_client import Adapters, Answer, OpenLoRAClient
 from openlora_client.answer import join
-from rich.console import Console
 
 DEMO = Path("var/demo")
 STATE = Path("var")

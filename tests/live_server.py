@@ -1,4 +1,4 @@
-"""A real server for tests: `openlora serve` in a process of its own, on free ports, over a state directory of its own."""
+"""A real server for tests: `openlora serve` in a process of its own, on free ports, over its own state directory."""
 
 from __future__ import annotations
 

@@ -161,12 +161,14 @@ def call(server: LiveServer, inputs: Mapping[str, Any], **how: Any) -> Reply:
     return Stream(server).start(inputs, **how).wait()
 
 
-def ask(server: LiveServer, prompt: str | bytes = "Hello.", sampling: Any = None, **inputs: Any) -> Reply:
+def ask(
+    server: LiveServer, prompt: str | bytes = "Hello.", sampling: Any = None, label: str = "", **inputs: Any
+) -> Reply:
     """A request to the ensemble; `sampling` becomes the JSON of sampling_parameters."""
     given = {"text_input": prompt, **inputs}
     if sampling is not None:
         given["sampling_parameters"] = sampling if isinstance(sampling, str | bytes) else json.dumps(sampling)
-    return call(server, given)
+    return call(server, given, label=label)
 
 
 def post(server: LiveServer, body: Any, *, model: str = "openlora", verb: str = "generate") -> httpx.Response:

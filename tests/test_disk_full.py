@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from live_server import LiveServer
-from openlora_client import OpenLoRAClient, OpenLoRAError, Unavailable
 from process_watch import server_processes
+
+from openlora_client import OpenLoRAClient, OpenLoRAError, Unavailable
 
 PROMPT = "Tell me about the cat."
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from live_server import LiveServer
-from openlora_client import AsyncOpenLoRAClient
 from parity import Adapters, Case, Oracle, assert_equal
 from tiny_models import VOCAB, make_adapter, make_model, projections
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
+
+from openlora_client import AsyncOpenLoRAClient
 
 PROMPTS = 20
 MAX_TOKENS = 40

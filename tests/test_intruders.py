@@ -21,7 +21,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 from conftest import ALICE_KEY
 from live_server import LiveServer
-from raw_calls import Reply, Stream, ask, call, http_error, post
+from raw_calls import Reply, Stream, ask, call, events, http_error, post
 from tritonclient.utils import InferenceServerException
 from usage_watch import UsageWatch
 
@@ -164,17 +164,23 @@ def test_generation_with_a_genuine_ticket(server: LiveServer) -> None:
         assert opened(chunks(first)[0]).keys() == {"kind", "request_id", "index"}
         again = generate(server, ticket)
         assert (again.error, again.responses) == (USED, [])
-        over_http = post(server, {"text_input": TEXT, "ticket": resolve(server).decode()}, model="generation")
-        assert "token" not in over_http.text.replace("NOT_AUTHENTICATED", "")
+        body = {"text_input": TEXT, "ticket": resolve(server).decode()}
+        hello, error = events(post(server, body, model="generation", verb="generate_stream"))
+        assert opened(hello["chunk"].encode())["kind"] == "hello"
+        assert error == {"error": ONLY_THROUGH}
 
 
 def test_generation_with_a_genuine_stop_ticket_stops_nobody(server: LiveServer) -> None:
-    with undisturbed(server):
-        ticket = resolve(server, "", label="victim", stop=True)
-        assert msgspec.json.decode(ticket[64:], type=Ticket).kind == "stop"
-        reply = generate(server, ticket, "")
-        assert reply.error == ONLY_THROUGH
-        assert [opened(chunk)["kind"] for chunk in chunks(reply)] == ["hello"]
+    prompt = {"text_input": TEXT, "stream": True, "max_tokens": 2000, "sampling_parameters": '{"ignore_eos":true}'}
+    victim = Stream(server).start(prompt, label="long").arrived()
+    ticket = resolve(server, "", label="long", stop=True)
+    assert msgspec.json.decode(ticket[64:], type=Ticket).kind == "stop"
+    reply = generate(server, ticket, "")
+    assert reply.error == ONLY_THROUGH
+    assert [opened(chunk)["kind"] for chunk in chunks(reply)] == ["hello"]
+    assert victim.reply.finals == 0  # it still runs
+    assert ask(server, "", stop=True, label="long").errors == []
+    assert victim.wait().finish_reason == "cancelled"
 
 
 # --- attribution ----------------------------------------------------------------------------------------------------
@@ -397,7 +403,7 @@ def test_only_this_machine_is_listened_to_and_models_cannot_be_changed(server: L
     launcher = psutil.Process(server.launcher_pid)
     family = [launcher, *launcher.children(recursive=True)]
     listening = {
-        (connection.laddr.ip, connection.laddr.port)
+        (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
         for process in family
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN

@@ -43,9 +43,7 @@ def test_curl_generate_and_stream_agree(server: LiveServer, demo_adapters: list[
         assert len(used) == (0 if adapter is None else 1)
 
 
-def test_perf_analyzer_with_a_row_per_adapter(
-    server: LiveServer, demo_adapters: list[str], tmp_path: Path
-) -> None:
+def test_perf_analyzer_with_a_row_per_adapter(server: LiveServer, demo_adapters: list[str], tmp_path: Path) -> None:
     ensemble = json.dumps([{"name": demo_adapters[0], "weight": 0.5}, {"name": demo_adapters[1], "weight": 0.7}])
     rows = [
         {"text_input": ["Tell me about the fox."], "adapters": [spec], "stream": [True], "max_tokens": [24]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from live_server import LiveServer
+
 from openlora.errors import Unavailable
 from openlora.serving.tritonserver import find_tritonserver
 from openlora_client import OpenLoRAClient

@@ -2,6 +2,7 @@
 
 import numpy
 import triton_python_backend_utils as pb_utils
+
 from openlora.config import RunConfig
 from openlora.serving.chunk import Chunk, seal_chunk
 from openlora.serving.generate import GenerationStep

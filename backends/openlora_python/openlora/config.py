@@ -1,7 +1,7 @@
 """One settings tree: a YAML file, `OPENLORA_…` environment variables and command-line flags, the later ones winning.
 
 `Settings` is what an operator writes. `RunConfig` is what the launcher makes of it for one run of the server; every
-process of that run (the three stubs, engine, gateway) reads it from the run directory, whose path is all they are given.
+process of that run (the three stubs, engine, gateway) reads it from the run directory, whose path is all they get.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import json
 
 import numpy
 import triton_python_backend_utils as pb_utils
+
 from openlora.config import RunConfig
 from openlora.errors import Internal, OpenLoRAError
 from openlora.serving.parent_watch import watch_from_stub

@@ -2,6 +2,7 @@
 
 import numpy
 import triton_python_backend_utils as pb_utils
+
 from openlora.config import RunConfig
 from openlora.serving.attribute import AttributionStep
 from openlora.serving.chunk import Chunk

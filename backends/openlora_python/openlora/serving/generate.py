@@ -52,7 +52,7 @@ class GenerationStep:
         self._thread.start()
 
     def accept(self, sealed_ticket: bytes, text: bytes, sink: Sink) -> None:
-        """Take a request on; `sink` gets exactly one FINAL, here or later. Called on Triton's thread, returns at once."""
+        """Take a request on; `sink` gets exactly one FINAL, here or later. On Triton's thread; returns at once."""
         try:
             ticket = self._office.redeem(sealed_ticket, text)
             prompt_text = text.decode()
@@ -191,4 +191,3 @@ def _raise_fault(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
         log.critical("generation: a standing task ended", exc_info=error)
         os._exit(1)
-

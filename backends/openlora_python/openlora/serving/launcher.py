@@ -1,4 +1,4 @@
-"""`openlora serve`: the parent of tritonserver, the engine and the gateway. Watches, restarts, says whether all is well.
+"""`openlora serve`: the parent of tritonserver, the engine and the gateway. Watches, restarts, says if all is well.
 
 A stub that dies leaves its clients hanging and Triton does not notice, so the launcher does: it ends tritonserver at
 once, which closes every hanging connection, and starts a new one with new keys.
@@ -193,7 +193,9 @@ class Launcher:
 
     def _drop_stubs(self) -> None:
         """The stubs of a dead server: they leave by themselves; see that they did before their memory is removed."""
-        for stub in self._stubs.values():
+        stubs, self._stubs = list(self._stubs.values()), {}  # at once: the node is not ready while we wait for them
+        self._models_ready = False
+        for stub in stubs:
             if not wait_for_exit(stub.pidfd, 1.0):
                 try:
                     signal.pidfd_send_signal(stub.pidfd, signal.SIGKILL)
@@ -201,8 +203,6 @@ class Launcher:
                     pass  # it went at last, and not being our child it is nobody's zombie
                 wait_for_exit(stub.pidfd, 1.0)
             os.close(stub.pidfd)
-        self._stubs.clear()
-        self._models_ready = False
 
     def _check_hangs(self) -> None:
         now, limit = time.monotonic(), self._run.settings.engine.hang_seconds
@@ -247,9 +247,7 @@ class Launcher:
         root = self._state.root
         return RunConfig(
             settings=settings,
-            base=read_base_model(
-                settings.model.resolve(), root / "digests.json", settings.engine.max_model_len
-            ),
+            base=read_base_model(settings.model.resolve(), root / "digests.json", settings.engine.max_model_len),
             state_dir=root,
             socket_dir=self._state.make_socket_dir(),
             shm_prefix=f"openlora_{sha256(str(root).encode()).hexdigest()[:12]}_",
@@ -375,4 +373,3 @@ def _answers(url: str) -> bool:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
-

@@ -14,6 +14,7 @@ from ..attribution.journal import Journal
 from ..engine.api import EngineInfo
 from .ticket import Ticket
 
+
 class RequestUsage:
     """Bridges one request's coroutine and the journal's own thread."""
 
