@@ -41,11 +41,11 @@ def books(server: LiveServer) -> tuple[int, int]:
 @pytest.fixture(autouse=True, scope="module")
 def _answers_after_all_of_it(server: LiveServer) -> Iterator[None]:
     log = server.state_dir / "launcher.log"
-    before = log.read_text()
+    died = log.read_text().count("ended with status")
     yield
     assert server.readiness() == {"ready": True, "faults": {}}
     assert ask(server, max_tokens=3).token_ids
-    assert log.read_text() == before  # which would tell of every process that had died
+    assert log.read_text().count("ended with status") == died
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class Limits(_Section):
     timeout_ms: int = Field(default=120_000, ge=1)  # of a request that names none
     max_timeout_ms: int = Field(default=600_000, ge=1)
     max_tokens: int = Field(default=65_536, ge=1)
+    max_prompt_bytes: int = Field(default=1 << 20, ge=1)  # a second of tokenizing; long contexts may need more
     highest_priority: int = 0  # priorities below are raised to this: lower runs earlier
     coalesce_above: int = Field(default=16, ge=0)  # live streams; with more, tokens of a stream travel together …
     coalesce_ms: int = Field(default=100, ge=0)  # … but never wait longer than this, and the first one not at all

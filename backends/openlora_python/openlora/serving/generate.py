@@ -16,7 +16,15 @@ import zmq.asyncio
 from ..attribution.journal import Journal
 from ..config import RunConfig
 from ..engine.client import EngineClient
-from ..errors import InvalidArgument, NotAuthenticated, OpenLoRAError, Overloaded, RequestNotFound, Unavailable
+from ..errors import (
+    Internal,
+    InvalidArgument,
+    NotAuthenticated,
+    OpenLoRAError,
+    Overloaded,
+    RequestNotFound,
+    Unavailable,
+)
 from .chunk import Chunk, Control, open_control
 from .generation import Generation, Pacing, Sink
 from .seal import Seal
@@ -55,16 +63,14 @@ class GenerationStep:
         """Take a request on; `sink` gets exactly one FINAL, here or later. On Triton's thread; returns at once."""
         try:
             ticket = self._office.redeem(sealed_ticket, text)
-            prompt_text = text.decode()
-            prompt = self._codec.encode(prompt_text, add_special_tokens=ticket.text.add_special_tokens)
             if ticket.kind == "generate":
-                self._check_admission(ticket, prompt)
+                self._check_admission(ticket)
                 self._accepted.add(ticket.request_id)
         except OpenLoRAError as error:
             sink.fail(error)
             return
         work = self._stop if ticket.kind == "stop" else self._generate
-        asyncio.run_coroutine_threadsafe(work(ticket, prompt, prompt_text, sink), self._loop)
+        asyncio.run_coroutine_threadsafe(work(ticket, text.decode(), sink), self._loop)
 
     def close(self) -> None:
         """End the loop and the journal; what still runs is closed as aborted at the next start."""
@@ -72,37 +78,48 @@ class GenerationStep:
         self._thread.join()
         self._journal.close()
 
-    def _check_admission(self, ticket: Ticket, prompt: tuple[int, ...]) -> None:
+    def _check_admission(self, ticket: Ticket) -> None:
         if self._journal.failed is not None:
             raise self._journal.failed
         if self._log_fault:
             raise Unavailable(f"the receipt log: {self._log_fault}", retry_after_ms=LOG_RETRY_MS)
         info = self._engine.require()
-        if not prompt:
-            raise InvalidArgument("no tokens", field="text_input")
-        if len(prompt) + ticket.sampling.max_tokens > info.max_model_len:
-            raise InvalidArgument(
-                f"{len(prompt)} tokens and max_tokens {ticket.sampling.max_tokens} are more than this model's "
-                f"{info.max_model_len}",
-                field="text_input",
-            )
         if unknown := next((i for i in ticket.sampling.stop_token_ids if i >= info.vocab_size), None):
             raise InvalidArgument(f"{unknown} is not below the vocabulary's {info.vocab_size}", field="stop_token_ids")
         if len(self._accepted) >= self._capacity:
             raise Overloaded(f"{self._capacity} requests run and wait already", retry_after_ms=OVERLOAD_RETRY_MS)
 
-    async def _generate(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> None:
-        generation = self._new_generation(ticket, prompt, prompt_text, sink)
-        self._living[ticket.request_id] = generation
+    def _tokenize(self, ticket: Ticket, text: str) -> tuple[int, ...]:
+        """The prompt's tokens. A long one takes a while, without holding up anything on the loop."""
+        prompt = self._codec.encode(text, add_special_tokens=ticket.text.add_special_tokens)
+        if not prompt:
+            raise InvalidArgument("no tokens", field="text_input")
+        limit = self._engine.require().max_model_len
+        if len(prompt) + ticket.sampling.max_tokens > limit:
+            raise InvalidArgument(
+                f"{len(prompt)} tokens and max_tokens {ticket.sampling.max_tokens} are more than this model's {limit}",
+                field="text_input",
+            )
+        return prompt
+
+    async def _generate(self, ticket: Ticket, prompt_text: str, sink: Sink) -> None:
         try:
+            prompt = await self._loop.run_in_executor(None, self._tokenize, ticket, prompt_text)
+            generation = self._new_generation(ticket, prompt, prompt_text, sink)
+            self._living[ticket.request_id] = generation
             await generation.run()
+        except OpenLoRAError as error:
+            sink.fail(error)
+        except Exception as error:  # a fault of ours must still answer the client
+            log.exception("request %s", ticket.request_id)
+            sink.fail(Internal(f"{type(error).__name__}: {error}"))
         finally:
-            del self._living[ticket.request_id]
+            self._living.pop(ticket.request_id, None)
             self._accepted.discard(ticket.request_id)
 
-    async def _stop(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> None:
+    async def _stop(self, ticket: Ticket, prompt_text: str, sink: Sink) -> None:
         """Stop the one running request with this caller and label; answers one empty response."""
-        generation = self._new_generation(ticket, prompt, prompt_text, sink)
+        generation = self._new_generation(ticket, (), prompt_text, sink)
         self._living[ticket.request_id] = generation
         try:
             await generation.hello()

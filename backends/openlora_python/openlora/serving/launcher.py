@@ -110,7 +110,7 @@ class Launcher:
 
     def faults(self) -> dict[str, str]:
         """What keeps this node from being ready, part by part."""
-        found = {}
+        found = {"launcher": "stopping"} if self._stopping else {}
         if self._adapters_fault:
             found["adapters"] = self._adapters_fault
         if not self._engine_ready:

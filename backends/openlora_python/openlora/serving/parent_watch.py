@@ -49,7 +49,11 @@ def watch_from_stub(launcher_pid: int, shm_prefix: str) -> None:
             signal.pidfd_send_signal(server, signal.SIGKILL)
         except ProcessLookupError:
             pass  # gone already, which is what we want
+        wait_for_exit(server, SERVER_EXIT_SECONDS)
         remove_shared_memory(shm_prefix)
+        # The launcher gave tritonserver a session of its own. A stub that waits for the dead server with Python's lock
+        # in its hand never sees its own watch, so the first of them to get here ends them all.
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
     exit_with(launcher_pid, end_server)
     exit_with(server_pid)

@@ -44,6 +44,7 @@ NEUTRAL = {
     "guided_decoding_guide_type": ("",),
     "guided_decoding_guide": ("",),
 }
+MAX_LABEL_BYTES = 256
 IGNORED_PARAMETERS = frozenset({"id"})  # the id of a generate body arrives as a parameter as well
 
 
@@ -72,7 +73,13 @@ class ResolverStep:
         if "text_input" not in inputs:
             raise InvalidArgument("missing", field="text_input")
         text = inputs["text_input"]
+        if len(text) > self._limits.max_prompt_bytes:
+            raise InvalidArgument(
+                f"at most {self._limits.max_prompt_bytes} bytes on this server, got {len(text)}", field="text_input"
+            )
         _text(text, "text_input")
+        if len(label.encode()) > MAX_LABEL_BYTES:
+            raise InvalidArgument(f"at most {MAX_LABEL_BYTES} bytes, got {len(label.encode())}", field="id")
         caller = self._policy.caller(_optional_text(inputs, "api_key"))
         common = {
             "request_id": secrets.token_hex(32),
