@@ -131,6 +131,9 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
         "guided_decoding_guide: not supported, only '' is taken, got '{}'",
     ),
     "end_id": ({"end_id": 5}, "end_id: the model ends with [1], got 5; use stop_token_ids"),
+    # too long before anything is looked at
+    "a megabyte": ({"prompt": "x" * (2**20 + 1)}, "text_input: at most 1048576 bytes on this server, got 1048577"),
+    "a long id": ({"label": "é" * 129}, "id: at most 256 bytes, got 258"),
     # no tokens at all
     "empty": ({"prompt": "", "sampling": {"add_special_tokens": False}}, "text_input: no tokens"),
     # adapters
@@ -202,6 +205,9 @@ def test_a_prompt_that_is_too_long(server: LiveServer, demo: Path) -> None:
     assert said.endswith(f" tokens and max_tokens 16 are more than this model's {limit}")
     tokens = int(said.split()[2])
     assert tokens > limit
+    said = refusal(server, "x" * 2**20)
+    assert said.endswith(f" tokens and max_tokens 16 are more than this model's {limit}")
+    assert ask(server, label="é" * 128, max_tokens=1).finish_reason == "length"
     said = refusal(server, "Hello.", max_tokens=limit)
     assert said.endswith(f" tokens and max_tokens {limit} are more than this model's {limit}")
 

@@ -227,7 +227,9 @@ async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> 
     frame = encode_frame(ProgressFrame("0" * 64, 7, bytes(32)))
     torn = site.draw.choice([frame[: site.draw.randrange(1, len(frame))], site.draw.randbytes(100)])
     tail.write_bytes(whole + torn)
+    killed = site.live.process
     starting = asyncio.create_task(asyncio.to_thread(site.live.start))
+    await site.watch.until(lambda: site.live.process is not killed, 5, "the new launcher")
     await asyncio.sleep(site.draw.random() * 3)
     site.live.process.kill()
     with pytest.raises(RuntimeError, match="the server ended"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -221,6 +222,32 @@ def test_encode_adds_special_tokens_unless_told_not_to(demo_codec: TextCodec, de
     assert demo_codec.encode("Hello") == (config["bos_token_id"], *plain)
     assert demo_codec.encode("") == (config["bos_token_id"],)
     assert demo_codec.encode("", add_special_tokens=False) == ()
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40), special=st.booleans())
+def test_encode_gives_the_tokenizers_own_ids(demo_codec: TextCodec, text: str, special: bool) -> None:
+    expected = demo_codec.tokenizer.encode(text, add_special_tokens=special).ids
+    assert demo_codec.encode(text, add_special_tokens=special) == tuple(expected)
+
+
+def test_a_long_prompt_leaves_other_threads_alone(demo_codec: TextCodec) -> None:
+    """While it is tokenized another thread must get its turns: with the interpreter's lock held there would be none."""
+    started, ended = threading.Event(), threading.Event()
+
+    def tokenize() -> None:
+        started.set()
+        demo_codec.encode("word " * 200_000)
+        ended.set()
+
+    thread = threading.Thread(target=tokenize)
+    thread.start()
+    started.wait()
+    turns = 0
+    while not ended.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 5
 
 
 def test_padding_and_truncation_of_a_tokenizer_file_are_off(tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ class Launcher:
     def _shut_down(self) -> None:
         # The engine first: a tritonserver that is told to stop refuses the next chunk of every answer and waits for
         # its end; without an engine generation ends all of them at once, in the journal and towards their clients.
-        for process in (self._gateway, self._engine, self._server):
+        for process in (self._engine, self._gateway, self._server):
             try:
                 process.stop(STOP_SECONDS)
             except OSError as error:

@@ -6,57 +6,68 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
+SERVER_EXIT_SECONDS = 2.0
 
-def exit_with(pid: int, before: Callable[[], None] | None = None) -> None:
-    """Watch process `pid` from a thread of our own; when it is gone, call `before` and end at once.
+
+def exit_with(pid: int) -> None:
+    """Watch process `pid` from a thread of our own, and end at once when it is gone.
 
     A pidfd, not `PR_SET_PDEATHSIG`, which fires when the parent's forking *thread* ends.
     """
     try:
-        descriptor = os.pidfd_open(pid)
+        process = os.pidfd_open(pid)
     except ProcessLookupError:
-        _leave(before)
+        os._exit(1)
 
     def watch() -> None:
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        poller.poll()
-        _leave(before)
+        _wait_for_exit([process])
+        os._exit(1)
 
     threading.Thread(target=watch, name=f"watch-{pid}", daemon=True).start()
 
 
-def _leave(before: Callable[[], None] | None) -> None:
-    try:
-        if before is not None:
-            before()
-    finally:
-        os._exit(1)
-
-
 def watch_from_stub(launcher_pid: int, shm_prefix: str) -> None:
     """A stub's watch: gone with tritonserver; and if the launcher goes, tritonserver and its shared memory go first."""
-    server_pid = os.getppid()
-    server = os.pidfd_open(server_pid)
-    if parent_of(server_pid) != launcher_pid:
-        _leave(None)  # tritonserver ended while we started: whoever takes orphans is our parent now
+    try:
+        # The launcher gave tritonserver a session, and its number stays its own as long as we are in it.
+        server = os.pidfd_open(os.getpgrp())
+    except ProcessLookupError:
+        os._exit(1)  # it ended while we started
+    try:
+        launcher = os.pidfd_open(launcher_pid)
+    except ProcessLookupError:
+        _end_session(server, shm_prefix)
 
-    def end_server() -> None:
-        try:
-            signal.pidfd_send_signal(server, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # gone already, which is what we want
-        wait_for_exit(server, SERVER_EXIT_SECONDS)
-        remove_shared_memory(shm_prefix)
-        # The launcher gave tritonserver a session of its own. A stub that waits for the dead server with Python's lock
-        # in its hand never sees its own watch, so the first of them to get here ends them all.
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+    def watch() -> None:
+        if launcher in _wait_for_exit([launcher, server]):
+            _end_session(server, shm_prefix)
+        os._exit(1)  # the launcher clears up
 
-    exit_with(launcher_pid, end_server)
-    exit_with(server_pid)
+    threading.Thread(target=watch, name="watch", daemon=True).start()
+
+
+def _end_session(server: int, shm_prefix: str) -> None:
+    """End tritonserver, remove its shared memory, and end every process of its session.
+
+    Not each stub itself: one that waits for the dead server with Python's lock in its hand never sees its watch.
+    """
+    try:
+        signal.pidfd_send_signal(server, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # gone already, which is what we want
+    _wait_for_exit([server], SERVER_EXIT_SECONDS)
+    remove_shared_memory(shm_prefix)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _wait_for_exit(processes: list[int], seconds: float | None = None) -> set[int]:
+    """Those pidfds of `processes` that have ended, as soon as there are any."""
+    poller = select.poll()
+    for process in processes:
+        poller.register(process, select.POLLIN)
+    return {process for process, _ in poller.poll(None if seconds is None else seconds * 1000)}
 
 
 def parent_of(pid: int) -> int | None:

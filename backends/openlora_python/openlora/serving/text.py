@@ -23,7 +23,9 @@ class TextCodec:
         self.tokenizer.no_truncation()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        return tuple(_guarded(self.tokenizer.encode, text, add_special_tokens=add_special_tokens).ids)
+        # As a batch of one: only that lets other threads run meanwhile, and it keeps no offsets.
+        (encoding,) = _guarded(self.tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
 
     def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as the tokens it has at the start of a text and after a space (vLLM's two forms)."""
