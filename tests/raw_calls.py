@@ -16,6 +16,7 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from live_server import LiveServer
 from tritonclient.utils import InferenceServerException
+from usage_watch import UsageWatch
 
 SECONDS = 60  # reached only when something hangs
 # No header `triton_grpc_error: true` anywhere: tritonserver 2.51 crashes under errors and cancels with it, so our
@@ -186,3 +187,29 @@ def http_error(response: httpx.Response) -> str:
     """Our message in an HTTP error."""
     text = response.json()["error"]
     return text[text.find("[") :]
+
+
+def refusal(server: LiveServer, *arguments: Any, **inputs: Any) -> str:
+    """The error of a request that must get nothing else."""
+    reply = ask(server, *arguments, **inputs)
+    assert not reply.responses
+    return reply.error
+
+
+LONG: dict[str, Any] = {"sampling_parameters": '{"ignore_eos":true,"temperature":0}', "stream": True}
+
+
+def running(server: LiveServer, label: str, *, tokens: int, **inputs: Any) -> Stream:
+    """A request that has given its first token."""
+    prompt = {"text_input": "Tell me about the cat.", "max_tokens": tokens, **LONG, **inputs}
+    return Stream(server).start(prompt, label=label).arrived()
+
+
+def stop(server: LiveServer, label: str, **inputs: Any) -> Reply:
+    return call(server, {"text_input": "", "stop": True, **inputs}, label=label)
+
+
+def books(server: LiveServer) -> tuple[int, int]:
+    """How many requests have begun and how many have ended, in the journal that receipts are made of."""
+    watch = UsageWatch(server.state_dir).read()
+    return len(watch.intents), len(watch.completions)

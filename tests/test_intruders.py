@@ -21,7 +21,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 from conftest import ALICE_KEY
 from live_server import LiveServer
-from raw_calls import Reply, Stream, ask, call, events, http_error, post
+from raw_calls import Reply, Stream, ask, books, call, events, http_error, post
 from tritonclient.utils import InferenceServerException
 from usage_watch import UsageWatch
 
@@ -37,12 +37,6 @@ USED = "[NOT_AUTHENTICATED] the ticket was used before: call the ensemble `openl
 OTHER_TEXT = "[NOT_AUTHENTICATED] the ticket was made for another text: call the ensemble `openlora`"
 EXPIRED = "[NOT_AUTHENTICATED] the ticket has expired: call the ensemble `openlora`"
 PASSED_ON = "[NOT_AUTHENTICATED] this response was passed on before: call the ensemble `openlora`"
-
-
-def books(server: LiveServer) -> tuple[int, int]:
-    """How many requests have begun and how many have ended, in the journal that receipts are made of."""
-    watch = UsageWatch(server.state_dir).read()
-    return len(watch.intents), len(watch.completions)
 
 
 @contextmanager
