@@ -177,6 +177,7 @@ async def test_a_killed_gateway_comes_back_and_nobody_else_notices(site: Site) -
 async def test_a_process_killed_ten_times_comes_back(site: Site, part: str) -> None:
     for _ in range(10):
         await kill_once(site, part)
+    verify_all(site.live.state_dir)
 
 
 async def kill_at_random(site: Site, kills: int, longest_pause: float) -> None:
@@ -209,6 +210,7 @@ async def test_processes_killed_while_they_start_come_back(site: Site) -> None:
 @pytest.mark.timeout(3600)
 async def test_processes_killed_all_the_time_come_back(site: Site) -> None:
     await kill_at_random(site, 150, 2.0)
+    verify_all(site.live.state_dir)
 
 
 async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> None:

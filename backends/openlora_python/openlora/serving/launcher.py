@@ -18,7 +18,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import sha256
 
 import msgspec
@@ -32,28 +31,19 @@ from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
 from .base_model import read_base_model
 from .health import HealthServer
-from .parent_watch import parent_of, remove_shared_memory
-from .processes import Command, KeptProcess, wait_for_exit
+from .parent_watch import remove_shared_memory
+from .processes import Command, KeptProcess
 from .seal import write_run_key
 from .state_dir import StateDir
+from .stubs import Stubs
 from .tritonserver import build_backend_directory, find_tritonserver, server_command, server_environment
 
-STUBS = ("adapter_resolver", "generation", "attribution")
 TICK_SECONDS = 0.1
 STOP_SECONDS = 8.0  # tritonserver ends requests after 5, and may then hang on its way out
-START_SECONDS = 120.0  # for tritonserver to load its models; a stub may die before we know of it
+START_SECONDS = 120.0  # for tritonserver to load its models
 PORT_SECONDS = 20.0  # how long ports of a server that was just killed may stay taken
 
 log = logging.getLogger("openlora")
-
-
-@dataclass
-class _Stub:
-    pid: int
-    pidfd: int
-    ready: bool
-    reason: str
-    heard_at: float
 
 
 class Launcher:
@@ -76,7 +66,7 @@ class Launcher:
         self._server = KeptProcess("tritonserver", self._server_command, logs / "tritonserver.log", policy)
         self._gateway = KeptProcess("gateway", self._gateway_command, logs / "gateway.log", policy)
         self._kept = [self._engine, self._server, self._gateway]
-        self._stubs: dict[str, _Stub] = {}
+        self._stubs = Stubs()
         self._engine_ready = False
         self._engine_steps, self._engine_moved_at = -1, time.monotonic()
         self._models_ready = self._gateway_ready = self._announced = False
@@ -119,12 +109,7 @@ class Launcher:
             found["tritonserver"] = "starting"
         if not self._gateway_ready:
             found["gateway"] = "starting"
-        for name in STUBS:
-            stub = self._stubs.get(name)
-            if stub is None:
-                found[name] = "starting"
-            elif not stub.ready:
-                found[name] = stub.reason
+        found.update(self._stubs.faults())
         return found
 
     def _turn(self, reports: zmq.Socket) -> None:
@@ -134,20 +119,18 @@ class Launcher:
         watched = [process for process in self._kept if process.running]
         for process in watched:
             poller.register(process.pidfd, zmq.POLLIN)
-        for stub in self._stubs.values():
-            poller.register(stub.pidfd, zmq.POLLIN)
+        if self._server.running:
+            self._stubs.look(self._server.pid)
+        for pidfd in self._stubs.pidfds:
+            poller.register(pidfd, zmq.POLLIN)
         ready = dict(poller.poll(TICK_SECONDS * 1000))
         while reports.poll(0):
             self._hear(msgspec.msgpack.decode(reports.recv(), type=Report))
         for process in watched:
             if process.pidfd in ready:
                 self._buried(process)
-        for name, stub in list(self._stubs.items()):
-            if stub.pidfd in ready and self._server.running:
-                log.error("the %s stub (pid %d) died: restarting tritonserver", name, stub.pid)
-                self._server.kill()
-                self._drop_stubs()
-                break
+        if died := self._stubs.died(ready):
+            self._end_server(f"the {died} died")
         self._check_hangs()
         self._start_what_is_due()
         self._look_for_readiness()
@@ -166,43 +149,26 @@ class Launcher:
             if report.stats and (report.stats.steps != self._engine_steps or not _has_work(report)):
                 self._engine_steps, self._engine_moved_at = report.stats.steps, now
             return
-        stub = self._stubs.get(report.name)
-        if stub is None or stub.pid != report.pid:
-            try:
-                pidfd = os.pidfd_open(report.pid)
-            except ProcessLookupError:
-                return
-            if parent_of(report.pid) != self._server.pid:
-                os.close(pidfd)
-                return  # an orphan of a server that is gone
-            stub = self._stubs[report.name] = _Stub(report.pid, pidfd, False, "", now)
-        stub.ready, stub.reason, stub.heard_at = report.ready, report.reason, now
+        self._stubs.hear(report, self._server.pid)
 
     def _buried(self, process: KeptProcess) -> None:
-        """A child of ours ended."""
+        """A child of ours ended, or was killed."""
         status = process.reap()
         log.error("%s ended with status %d", process.name, status)
         if process is self._engine:
             self._engine_ready = False
         elif process is self._server:
             self._models_ready = False
-            self._drop_stubs()
+            self._stubs.drop()
         else:
             self._gateway_ready = False
         process.plan_restart()
 
-    def _drop_stubs(self) -> None:
-        """The stubs of a dead server: they leave by themselves; see that they did before their memory is removed."""
-        stubs, self._stubs = list(self._stubs.values()), {}  # at once: the node is not ready while we wait for them
-        self._models_ready = False
-        for stub in stubs:
-            if not wait_for_exit(stub.pidfd, 1.0):
-                try:
-                    signal.pidfd_send_signal(stub.pidfd, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # it went at last, and not being our child it is nobody's zombie
-                wait_for_exit(stub.pidfd, 1.0)
-            os.close(stub.pidfd)
+    def _end_server(self, why: str) -> None:
+        """Whoever hangs on it is told by its end, and a new one starts."""
+        log.error("%s: restarting tritonserver", why)
+        self._server.kill()
+        self._buried(self._server)
 
     def _check_hangs(self) -> None:
         now, limit = time.monotonic(), self._run.settings.engine.hang_seconds
@@ -211,18 +177,12 @@ class Launcher:
             self._engine_ready = False
             self._engine_moved_at = now
             self._engine.kill()
-        if self._server.running and len(self._stubs) < len(STUBS) and now - self._server_started_at > START_SECONDS:
-            log.error("the models did not all start in %.0f s: restarting tritonserver", START_SECONDS)
-            self._server_started_at = now
-            self._server.kill()
-            self._drop_stubs()
-        for name in ("generation", "attribution"):  # the resolver reports once
-            stub = self._stubs.get(name)
-            if stub and self._server.running and now - stub.heard_at > limit:
-                log.error("the %s stub said nothing for %.0f s: restarting tritonserver", name, limit)
-                self._server.kill()
-                self._drop_stubs()
-                return
+        if not self._server.running:
+            return
+        if silent := self._stubs.silent(limit):
+            self._end_server(f"the {silent} said nothing for {limit:.0f} s")
+        elif not self._stubs.complete and now - self._server_started_at > START_SECONDS:
+            self._end_server(f"the models did not start in {START_SECONDS:.0f} s")
 
     def _start_what_is_due(self) -> None:
         for process in self._kept:
@@ -233,7 +193,7 @@ class Launcher:
 
     def _look_for_readiness(self) -> None:
         settings = self._run.settings
-        if not self._models_ready and len(self._stubs) == len(STUBS):
+        if not self._models_ready and self._stubs.complete:
             self._models_ready = _answers(f"http://{settings.host}:{settings.http_port}/v2/models/openlora/ready")
         if not self._gateway_ready and self._gateway.running:
             self._gateway_ready = _answers(f"http://{settings.host}:{settings.gateway_port}/health")
@@ -347,7 +307,7 @@ class Launcher:
                 process.stop(STOP_SECONDS)
             except OSError as error:
                 log.error("stopping %s: %s", process.name, error)
-        self._drop_stubs()
+        self._stubs.drop()
         remove_shared_memory(self._run.shm_prefix)
         shutil.rmtree(self._run.socket_dir, ignore_errors=True)
         shutil.rmtree(self._run.run_dir, ignore_errors=True)

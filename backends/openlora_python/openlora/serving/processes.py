@@ -64,7 +64,7 @@ class KeptProcess:
         self._start_at = None
 
     def reap(self) -> int:
-        """Call when the pidfd is readable: collects the process, and ends what it left; returns its exit status.
+        """Call when it ended or was killed: collects the process, and ends what it left; returns its exit status.
 
         What it left: stubs of a killed tritonserver that were still starting, and would hold the journal for ever.
         """
