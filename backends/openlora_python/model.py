@@ -35,5 +35,9 @@ class TritonPythonModel:
             text = pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy().flat[0]
             self._step.accept(bytes(ticket), bytes(text), ChunkSink(request, self._seal))
 
+    def is_ready(self) -> bool:
+        """Asked by servers of 26.03 and later; 2.51 never does, and the launcher's `/readyz` says it there."""
+        return not self._step.faults()
+
     def finalize(self) -> None:
         self._step.close()

@@ -72,6 +72,17 @@ class GenerationStep:
         work = self._stop if ticket.kind == "stop" else self._generate
         asyncio.run_coroutine_threadsafe(work(ticket, text.decode(), sink), self._loop)
 
+    def faults(self) -> list[str]:
+        """Why requests are refused now; empty when they are not."""
+        found = []
+        if self._journal.failed is not None:
+            found.append(f"journal: {self._journal.failed}")
+        if self._log_fault:
+            found.append(f"receipt log: {self._log_fault}")
+        if self._engine.info is None:
+            found.append("no engine")
+        return found
+
     def close(self) -> None:
         """End the loop and the journal; what still runs is closed as aborted at the next start."""
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -177,11 +188,7 @@ class GenerationStep:
     async def _report(self) -> None:
         reporter = StatusReporter(self._run.socket("status"), "generation")
         while True:
-            faults = []
-            if self._journal.failed is not None:
-                faults.append(f"journal: {self._journal.failed}")
-            if self._engine.info is None:
-                faults.append("no engine")
+            faults = self.faults()
             reporter.report(ready=not faults, reason="; ".join(faults))
             await asyncio.sleep(REPORT_SECONDS)
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from ..attribution.frames import STATUS_CANCELLED, STATUS_COMPLETE, STATUS_ERROR
-from ..engine.api import EngineInfo, EngineOutput, EngineRequest, TokenLogprob
+from ..engine.api import EngineOutput, EngineRequest, TokenLogprob
 from ..engine.client import EngineClient
 from ..errors import DeadlineExceeded, Internal, NotAuthenticated, OpenLoRAError, from_message
 from .chunk import Chunk
@@ -152,7 +152,7 @@ class Generation:
         deadline = time.monotonic() + self.ticket.timeout_ms / 1000
         info = self._engine.require()
         await self._usage.begin(self.ticket, info, len(self._prompt), self._prompt_text)
-        finish_reason = CANCELLED if self._cancelled.is_set() else await self._run_engine(info, deadline)
+        finish_reason = CANCELLED if self._cancelled.is_set() else await self._run_engine(deadline)
         self._take_text(self._text.finish())
         if self._text.stopped and finish_reason == "length":
             finish_reason = "stop"  # completed by the very last bytes
@@ -161,7 +161,7 @@ class Generation:
         self.streaming = False
         self._flush("last", finish_reason=finish_reason, seq=seq)
 
-    async def _run_engine(self, info: EngineInfo, deadline: float) -> str:
+    async def _run_engine(self, deadline: float) -> str:
         ticket = self.ticket
         self.streaming = ticket.stream
         sampling = msgspec.structs.replace(ticket.sampling, bad_words=self._codec.bad_word_ids(ticket.text.bad_words))
