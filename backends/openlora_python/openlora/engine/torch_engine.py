@@ -202,7 +202,6 @@ class TorchEngine:
             while not self._stopping:
                 self._wake.clear()
                 outputs = self._take_notes()
-                works: list[Work] = []
                 for sequence, error in self._scheduler.admit():
                     outputs.append(self._finish(sequence, error=error))
                 works = self._scheduler.schedule()

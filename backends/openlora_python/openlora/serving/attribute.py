@@ -145,7 +145,7 @@ class AttributionStep:
         """Append new receipts; what went wrong, if anything did. Nothing is lost by failing: the journal has it."""
         try:
             while self._projector.project():
-                """There may be more than one transaction takes."""
+                pass  # there may be more than one transaction takes
         except Exception as error:  # whatever it is, requests must be refused until it is gone
             log.exception("receipt log")
             return f"{type(error).__name__}: {error}"
