@@ -12,17 +12,24 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from ..config import EngineSettings
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, OpenLoRAError, Unavailable
+from ..serving.adapter_spec import AdapterSpec, parse_adapters
 from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
 from .ingest import ingest
 from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Copied, Event, IngestJob, IngestResult
+from .lora_config import parse_object
 from .manifest import model_manifest
+from .merge import SOURCE_PREFIX, ModuleMerged, merge_record
+from .merge import merge as merge_adapters
+from .merge_plan import METHODS
+from .store import MAX_CARD_BYTES
 
 HASH_CACHE_FILE = "digests.json"  # below the state directory
+METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the server keeps its state.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
 
@@ -109,6 +116,61 @@ def remove(
             typer.echo(f"{record.name} version {record.version}: removed{back}")
 
 
+@adapters_app.command()
+def merge(
+    source: Annotated[list[str], typer.Argument(metavar="NAME[@VERSION][=WEIGHT] …", help="What to merge.")],
+    name: Annotated[str, typer.Option(help="Of the new adapter.")],
+    method: Annotated[str, typer.Option(help=METHODS_HELP)] = "cat",
+    density: Annotated[float | None, typer.Option(help="Part of the entries that stays (ties, dare, prune).")] = None,
+    majority_sign: Annotated[str | None, typer.Option(help="total (default) or frequency (ties).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random masks (dare); default 0.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the result (svd); default: the sources' highest.")] = None,
+    card: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Terms of the new adapter, like openlora.json.")
+    ] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a new adapter of several. What was merged before is found, not computed again."""
+    with _reported():
+        terms = None if card is None else parse_object(card.read_bytes(), str(card), MAX_CARD_BYTES)
+        with _module_bar() as follow:
+            merged = merge_adapters(
+                state_dir,
+                _base(state_dir, None),
+                name,
+                _sources(source),
+                method,
+                density=density,
+                majority_sign=majority_sign,
+                seed=seed,
+                rank=rank,
+                card=terms,
+                progress=follow,
+            )
+        if as_json:
+            typer.echo(msgspec.json.encode(merged))
+            return
+        how = "" if merged.computed else ", merged before"
+        facts = f"{merged.digest[:16]}…, rank {merged.rank}{how}"
+        typer.echo(f"{merged.name} version {merged.version}: {merged.change} ({facts})")
+
+
+def _sources(texts: list[str]) -> tuple[AdapterSpec, ...]:
+    """`NAME[@VERSION][=WEIGHT]` by the rules of a request's `adapters`."""
+    entries: list[dict[str, Any]] = []
+    for text in texts:
+        label, equals, weight = text.partition("=")
+        name, at, version = label.partition("@")
+        try:
+            entries.append({"name": name, "weight": float(weight) if equals else 1.0})
+        except ValueError:
+            raise InvalidArgument(f"{text!r:.140}: a number is wanted after '='", field="adapters") from None
+        if at:
+            entries[-1]["version"] = version
+    return parse_adapters(json.dumps(entries))
+
+
 def _base(state_dir: Path, model: Path | None) -> BaseFacts:
     """The base model of this state directory; `model` names it for one that no server has used yet."""
     with Catalog(state_dir / CATALOG_FILE) as catalog:
@@ -164,8 +226,22 @@ def _progress_bar() -> Iterator[Callable[[Event], None]]:
         yield follow
 
 
+@contextmanager
+def _module_bar() -> Iterator[Callable[[ModuleMerged], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("merging", total=None)
+
+        def follow(event: ModuleMerged) -> None:
+            bar.update(task, description=f"merged {event.module}", completed=event.done, total=event.total)
+
+        yield follow
+
+
 def _as_tree(record: AdapterRecord, state_dir: Path) -> dict[str, Any]:
     tree = asdict(record)
     del tree["source_state"]
-    cached = bool(record.digest) and record.status == "ready"
-    return {**tree, "path": str(state_dir / CACHE_DIRECTORY / record.digest) if cached else None}
+    path = state_dir / CACHE_DIRECTORY / record.digest if record.digest and record.status == "ready" else None
+    merged = merge_record(path) if path and record.source.startswith(SOURCE_PREFIX) else None
+    return {**tree, "path": str(path) if path else None, "merge": msgspec.to_builtins(merged)}

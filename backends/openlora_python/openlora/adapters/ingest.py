@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 
-import msgspec
-
-from ..errors import Internal, InvalidArgument, from_message
+from ..errors import Internal, InvalidArgument
 from .catalog import BaseFacts, Catalog, check_name
 from .ingest_worker import (
     CACHE_DIRECTORY,
     CATALOG_FILE,
-    Copied,
     Event,
-    Fatal,
     IngestJob,
     IngestRequest,
     IngestResult,
-    Started,
 )
 from .store import AdapterStore
+from .worker_process import run_worker
 
-STDERR_TAIL = 2000
 Progress = Callable[[Event], None]
 
 
@@ -113,34 +104,14 @@ class _Worker:
 
     def run(self) -> None:
         """Until it ends; `last_words` says how, for the job that has no result."""
-        with (
-            tempfile.TemporaryFile() as complaints,
-            tempfile.TemporaryFile() as request,
-        ):
-            request.write(msgspec.json.encode(self._request))
-            request.seek(0)
-            command = [sys.executable, "-m", "openlora.adapters.ingest_worker"]
-            with subprocess.Popen(command, stdin=request, stdout=subprocess.PIPE, stderr=complaints) as process:
-                try:
-                    self._follow(process.stdout)
-                except BaseException:
-                    process.kill()
-                    raise
-            complaints.seek(0)
-            text = complaints.read().decode(errors="replace")[-STDERR_TAIL:].strip()
-        self.last_words = f"the ingest process ended with status {process.returncode}: {text}"
+        end = run_worker("openlora.adapters.ingest_worker", self._request, Event, self._follow)
+        self.last_words = f"the ingest process ended with status {end.status}: {end.complaint}"
         if not self._started:
             raise Internal(self.last_words)
 
-    def _follow(self, answers: IO[bytes]) -> None:
-        for line in answers:
-            if not line.endswith(b"\n"):
-                return  # it died within a line
-            event = msgspec.json.decode(line, type=Started | Copied | IngestResult | Fatal)
-            if isinstance(event, Fatal):
-                raise from_message(event.message)
-            self._started = True
-            if isinstance(event, IngestResult):
-                self.results.append(event)
-            if self._progress is not None:
-                self._progress(event)
+    def _follow(self, event: Event) -> None:
+        self._started = True
+        if isinstance(event, IngestResult):
+            self.results.append(event)
+        if self._progress is not None:
+            self._progress(event)

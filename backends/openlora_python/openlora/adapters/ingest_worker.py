@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,12 +20,12 @@ import msgspec
 
 from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Unavailable
-from ..serving.parent_watch import exit_with
 from .base_modules import BaseModules, base_modules
 from .catalog import AdapterRecord, BaseFacts, Catalog
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
 from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter
+from .worker_process import Fatal, take_request
 
 CATALOG_FILE = "catalog.sqlite"  # below the state directory, as RunConfig.catalog_path and adapter_cache say
 CACHE_DIRECTORY = "adapters"
@@ -72,12 +71,6 @@ class IngestResult(msgspec.Struct, frozen=True, tag="result"):
     rank: int = 0
     change: Literal["added", "updated", "unchanged", "none"] = "none"
     reason: str = ""
-
-
-class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
-    """Why nothing at all can be brought in: an OpenLoRAError's message."""
-
-    message: str
 
 
 Event = Started | Copied | IngestResult
@@ -192,15 +185,7 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
 
 
 def main() -> None:
-    exit_with(os.getppid())  # whoever asked; whatever is half done then is cleared by the next worker
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=IngestRequest)
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not get between the answers
-
-    def report(event: Event | Fatal) -> None:
-        answers.write(msgspec.json.encode(event) + b"\n")
-        answers.flush()
-
+    request, report = take_request(IngestRequest)  # whatever is half done when we end is cleared by the next worker
     state_dir = Path(request.state_dir)
     store = AdapterStore(state_dir / CACHE_DIRECTORY)
     with Catalog(state_dir / CATALOG_FILE) as catalog, store.writing():
