@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo serve test soak bench clean
+.PHONY: setup demo serve test soak bench bench-peers clean
 
 setup: $(VENV)/installed
 
@@ -31,10 +31,14 @@ soak: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python -m pytest -m soak -s
 
-bench: setup
+bench: bench-peers
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/openlora serve --model var/demo/model --adapters var/demo/adapters --detach
 	$(BIN)/python benchmarks/serving.py --json var/bench.jsonl; status=$$?; $(BIN)/openlora stop; exit $$status
+
+# Minutes, and an environment of its own for vLLM; what can't be installed here is named and left out.
+bench-peers: setup
+	$(BIN)/python benchmarks/peers/run.py --json var/peers.jsonl
 
 clean:
 	rm -rf $(VENV) var

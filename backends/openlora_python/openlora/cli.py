@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 
 from .adapters.commands import adapters_app
 from .attribution.commands import receipts_app
+from .bench.command import bench
 from .errors import OpenLoRAError
 from .serving.generate_command import generate
 from .serving.serve_command import serve, stop
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(stop)
 app.command()(generate)
+app.command()(bench)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(receipts_app, name="receipts")
 

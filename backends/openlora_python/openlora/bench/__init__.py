@@ -1,0 +1,1 @@
+"""`openlora bench`: how fast the engine answers, in process."""
