@@ -40,7 +40,7 @@ class Paged:
             device=CPU,
         )
         self.model = PagedModel(model, self.cache)
-        reader = AdapterReader(self.model.linears, torch.float32, CPU, 64)
+        reader = AdapterReader(self.model.linears, self.model.lora, torch.float32, CPU, 64)
         names = projections(family)
         self.adapters = [
             reader.read(str(seed), make_adapter(self.model_dir, directory / str(seed), seed, std=0.1, **settings))
@@ -171,7 +171,10 @@ def test_other_architectures_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": "int8"}, "[INVALID_ARGUMENT] quantization: 'int8' is not supported yet, 'none' is right"),
+        (
+            {"quantization": "int4"},
+            "[INVALID_ARGUMENT] quantization: 'int4' is unknown, one of none, int8, int8-weight-only is right",
+        ),
         ({"device": "tpu"}, "[INVALID_ARGUMENT] device: 'tpu' is not a device; auto, cpu or cuda is right"),
         ({"dtype": "int4"}, "[INVALID_ARGUMENT] dtype: 'int4' is unknown; one of auto, float32, bfloat16, float16"),
         ({"max_batch": 0}, "[INVALID_ARGUMENT] max_batch: 0 is too small, at least 1 is right"),

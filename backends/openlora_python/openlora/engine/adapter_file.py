@@ -18,10 +18,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from torch import nn
 
 from ..errors import AdapterInvalid, Unavailable
-from .lora import Adapter, LoraPair, module_rank, module_scaling
+from .adaptable import AdaptableLinear
+from .lora import Adapter, LoraCompute, LoraPair, module_rank, module_scaling
 
 _PREFIX = "base_model.model."
 
@@ -40,9 +40,15 @@ class AdapterReader:
     """Reads adapters for one base model: its linears by name, its dtype and device, and the highest rank allowed."""
 
     def __init__(
-        self, linears: Mapping[str, nn.Linear], dtype: torch.dtype, device: torch.device, max_rank: int
+        self,
+        linears: Mapping[str, AdaptableLinear],
+        lora: LoraCompute,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rank: int,
     ) -> None:
         self.shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+        self.lora = lora
         self.dtype = dtype
         self.device = device
         self.max_rank = max_rank
@@ -57,7 +63,7 @@ class AdapterReader:
         try:
             config = self._config(_read(path, "adapter_config.json"))
             tensors = load_safetensors(_read(path, "adapter_model.safetensors"))
-            return Adapter(digest, self._pairs(config, tensors))
+            return self.lora.prepare(digest, self._pairs(config, tensors))
         except SafetensorError as error:
             raise AdapterInvalid(f"adapter {digest}: adapter_model.safetensors can't be read: {error}") from error
         except re.error as error:

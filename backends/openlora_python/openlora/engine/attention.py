@@ -11,12 +11,22 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .kernels import Kernels
 from .kv_cache import NULL_BLOCK, KVCache
 
 IMPLEMENTATION = "openlora_paged"
 """The name under which models select this attention (`config._attn_implementation`)."""
 
 _SMALLEST_GROUP_BLOCKS = 8
+_LONG_CHUNK = 64  # tokens of prefill from which gathering keys for torch's flash attention pays
+
+SEQUENCE = np.dtype([("row", "i4"), ("start", "i4"), ("tokens", "i4"), ("attend", "i4")])
+SHAPE = np.dtype(
+    [(name, "i8") for name in ("heads", "kv_heads", "head_dim", "block_size", "query_token", "query_head", "key_token",
+                               "key_head", "value_token", "value_head", "table_width", "window")]
+    + [("scaling", "f4"), ("softcap", "f4")]
+)  # fmt: skip
+"""`Sequence` and `Shape` of kernels/attention.cpp."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +62,36 @@ class Group:
 
 
 class PagedStep:
-    """What all layers of one forward share: where tokens go in the cache and who attends to what."""
+    """What all layers of one forward share: where tokens go in the cache and who attends to what.
 
-    def __init__(self, spans: Sequence[Span], cache: KVCache) -> None:
+    With native kernels all rows are one call a layer, but for long chunks of prefill, whose products are large enough
+    for torch's flash attention over gathered keys to be faster. Without, everything goes through torch.
+    """
+
+    def __init__(self, spans: Sequence[Span], cache: KVCache, kernels: Kernels | None) -> None:
         self.cache = cache
-        device = cache.data.device
-        positions = [np.arange(span.start, span.start + span.tokens) for span in spans]
-        slots = [
-            np.asarray(span.blocks)[position // cache.block_size] * cache.block_size + position % cache.block_size
-            for span, position in zip(spans, positions, strict=True)
-        ]
-        self.position_ids = torch.from_numpy(np.concatenate(positions)).to(device)  # [tokens]
-        self.slots = torch.from_numpy(np.concatenate(slots)).to(device)  # [tokens]
-        self.groups = [self._group(members) for members in _partition(spans, cache)]
+        self.kernels = kernels
+        self._shapes: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+        device, block_size = cache.data.device, cache.block_size
+        tokens = np.array([span.tokens for span in spans])
+        starts = np.array([span.start for span in spans])
+        counts = -((starts + tokens) // -block_size)
+        self._tables = np.full((len(spans), counts.max()), NULL_BLOCK, np.int32)
+        for table, span, count in zip(self._tables, spans, counts, strict=True):
+            table[:count] = span.blocks[:count]
+        owner = np.repeat(np.arange(len(spans)), tokens)  # [tokens], the span of each
+        rows = np.concatenate([[0], tokens.cumsum()[:-1]])
+        positions = np.arange(len(owner)) - rows[owner] + starts[owner]
+        self.position_ids = torch.from_numpy(positions).to(device)  # [tokens]
+        gathered = [span for span in spans if kernels is None or span.tokens >= _LONG_CHUNK]
+        self.groups = [self._group(members) for members in _partition(gathered, cache)]
+        if kernels is not None:
+            self.sequences = np.zeros(len(spans), SEQUENCE)
+            self.sequences["row"], self.sequences["start"], self.sequences["tokens"] = rows, starts, tokens
+            self.sequences["attend"] = tokens < _LONG_CHUNK
+        else:
+            blocks = self._tables[owner, positions // block_size].astype(np.int64)
+            self.slots = torch.from_numpy(blocks * block_size + positions % block_size).to(device)  # [tokens]
 
     def _group(self, spans: list[Span]) -> Group:
         device, block_size = self.cache.data.device, self.cache.block_size
@@ -79,6 +106,38 @@ class PagedStep:
         starts = torch.tensor([span.start for span in spans], device=device)
         positions = starts[:, None] + torch.arange(spans[0].tokens, device=device)
         return Group(index, spans[0].tokens, torch.from_numpy(table).to(device), positions)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [tokens, heads, head_dim]
+        key: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        value: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        output: torch.Tensor,  # [tokens, heads, head_dim], dense
+        *,
+        scaling: float,
+        window: int,  # 0 = none
+        softcap: float,  # 0 = none
+    ) -> None:
+        """Store the keys and values of the step, and attend to them and those before: kernels/attention.cpp."""
+        shape = self._shape(query, key, value, window)
+        shape["scaling"], shape["softcap"] = scaling, softcap
+        keys, values = self.cache.layer_addresses[layer]
+        self.kernels.paged_attention(
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), keys, values, output.data_ptr(),
+            shape.ctypes.data, self.sequences.ctypes.data, len(self.sequences), self._tables.ctypes.data,
+            self.kernels.threads,
+        )  # fmt: skip
+
+    def _shape(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int) -> np.ndarray:
+        """Sizes and strides for the kernel: the same in most layers of a step."""
+        strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+        known = self._shapes.get((window, strides))
+        if known is None:
+            sizes = (query.shape[1], key.shape[1], query.shape[2], self.cache.block_size)
+            known = np.array((*sizes, *strides, self._tables.shape[1], window, 0.0, 0.0), SHAPE)
+            self._shapes[window, strides] = known
+        return known
 
 
 def _partition(spans: Sequence[Span], cache: KVCache) -> list[list[Span]]:
@@ -112,9 +171,13 @@ def paged_attention(
     Window, soft cap and scaling are what the model passes. `attention_mask` is unused: masks come from `paged`.
     """
     cache, layer = paged.cache, int(module.layer_idx)
-    cache.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    query = query[0].transpose(0, 1)  # [tokens, heads, head_dim]
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))  # [tokens, heads, head_dim]
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if paged.kernels is None:
+        cache.write(layer, paged.slots, key, value)
+    else:
+        window, cap = sliding_window or 0, softcap or 0.0
+        paged.attend(layer, query, key, value, output, scaling=scaling, window=window, softcap=cap)
     for group in paged.groups:
         keys, values = cache.gather(layer, group.block_table)  # [sequences, keys, kv_heads, head_dim]
         attended = _attend(

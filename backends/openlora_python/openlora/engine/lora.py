@@ -7,14 +7,26 @@ costs its own adapter's rank; tokens of the base model cost nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from torch import nn
 from torch.nn import functional
+
+from .kernels import Kernels, kernels_for
+from .kernels.pages import streamed
+
+PAIR = np.dtype(
+    [("a", "u8"), ("b", "u8"), ("rank", "i4"), ("column", "i4"), ("columns", "i4"), ("scaling", "f4")], align=True
+)
+SEGMENT = np.dtype([("pairs", "u8"), ("start", "i4"), ("stop", "i4"), ("weight", "f4"), ("unused", "i4")], align=True)
+"""`Pair` and `Segment` of kernels/lora.cpp."""
+STRIP = 64  # outputs; see there
 
 
 @dataclass(frozen=True)
@@ -22,16 +34,24 @@ class LoraPair:
     """The two matrices of one module and their scaling."""
 
     a: torch.Tensor  # [rank, in_features]
-    b: torch.Tensor  # [out_features, rank]
+    b: torch.Tensor  # [out_features, rank], or what `pack_expand` makes of it
     scaling: float
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A loaded adapter: one pair per module that it touches, by the module's name in the base model."""
+    """A loaded adapter, in the form that the engine's `LoraCompute` gave it."""
 
     digest: str
-    pairs: dict[str, LoraPair]
+    pairs: Mapping[str, LoraPair]  # by the module's name in the base model
+    table: np.ndarray | None = None  # PAIR [groups, members], for the native kernel
+    width: int = 0  # the largest sum of (even) ranks in a group
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        weights = sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs.values())
+        return weights + (0 if self.table is None else self.table.nbytes)
 
 
 @dataclass(frozen=True)
@@ -55,46 +75,132 @@ class Segment:
     stop: int
 
 
-@dataclass
-class LoraStep:
-    """The segments of the running step, shared by all wrapped linears of one model."""
+@dataclass(frozen=True)
+class Member:
+    """One linear of a group: its name, and its columns in the group's output."""
 
-    segments: list[Segment] = field(default_factory=list)
-
-
-class LoraLinear(nn.Module):
-    """A base linear with the adapters of the running step beside it."""
-
-    def __init__(self, base: nn.Linear, name: str, step: LoraStep) -> None:
-        super().__init__()
-        self.base = base
-        self.name = name
-        self.step = step
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[1, tokens, in_features]` to `[1, tokens, out_features]`."""
-        outputs = self.base(inputs)
-        for segment in self.step.segments:
-            pair = segment.use.adapter.pairs.get(self.name)
-            if pair is not None:
-                rows = slice(segment.start, segment.stop)
-                shrunk = functional.linear(inputs[0, rows], pair.a)  # [tokens, rank]
-                outputs[0, rows].addmm_(shrunk, pair.b.t(), alpha=segment.use.weight * pair.scaling)
-        return outputs
+    name: str
+    column: int
+    columns: int
 
 
-def wrap_linears(model: nn.Module, step: LoraStep) -> dict[str, nn.Linear]:
-    """Put a `LoraLinear` around every linear of `model` except its output layer; returns the base linears by name."""
-    output_layer = model.get_output_embeddings()
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output_layer
-    }
-    for name, linear in linears.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LoraLinear(linear, name, step))
-    return linears
+class LoraCompute(Protocol):
+    """How the adapters of a step are added to the outputs of a group of linears that share their input."""
+
+    def prepare(self, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
+        """An adapter in the form that `add` wants."""
+
+    def begin(self, segments: Sequence[Segment]) -> None:
+        """Set the segments of the step that follows; none ends it."""
+
+    def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """outputs[rows, columns] += w·s·(inputs[rows]·Aᵀ)·Bᵀ for each segment and each member of the group.
+
+        `inputs` is `[1, tokens, in_features]`, `outputs` `[1, tokens, Σ columns]`, dense, changed in place.
+        """
+
+
+def make_lora(groups: Sequence[Sequence[Member]], dtype: torch.dtype, device: torch.device) -> LoraCompute:
+    """The native form where there is one, else torch's."""
+    kernels = kernels_for(dtype, device)
+    return TorchLora(groups) if kernels is None else NativeLora(groups, kernels)
+
+
+class TorchLora:
+    """Two products a segment and module: the reference, and what runs where there is no kernel."""
+
+    def __init__(self, groups: Sequence[Sequence[Member]]) -> None:
+        self._groups = groups
+        self._segments: Sequence[Segment] = ()
+
+    def prepare(self, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
+        return Adapter(digest, pairs)
+
+    def begin(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+
+    def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        for segment in self._segments:
+            rows = slice(segment.start, segment.stop)
+            for member in self._groups[group]:
+                pair = segment.use.adapter.pairs.get(member.name)
+                if pair is not None:
+                    shrunk = inputs[0, rows] @ pair.a.t()  # [tokens, rank]
+                    part = outputs[0, rows, member.column : member.column + member.columns]
+                    part.addmm_(shrunk, pair.b.t(), alpha=segment.use.weight * pair.scaling)
+
+
+class NativeLora:
+    """One call of kernels/lora.cpp a group: all segments, all members, shrink and expand."""
+
+    def __init__(self, groups: Sequence[Sequence[Member]], kernels: Kernels) -> None:
+        self._groups = groups
+        self._members = max(map(len, groups))
+        self._kernels = kernels
+        self._segments = np.zeros(0, SEGMENT)
+        self._held: Sequence[Segment] = ()  # what the addresses belong to
+        self._scratch = torch.empty(0, dtype=torch.int32)
+
+    def prepare(self, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
+        table = np.zeros((len(self._groups), self._members), PAIR)
+        places = [
+            (index, place, member)
+            for index, group in enumerate(self._groups)
+            for place, member in enumerate(group)
+            if member.name in pairs
+        ]
+        # In the order in which a step reads them.
+        matrices = [
+            matrix for *_, member in places for matrix in (pairs[member.name].a, pack_expand(pairs[member.name].b))
+        ]
+        placed = iter(_together(matrices))
+        kept: dict[str, LoraPair] = {}
+        for (index, place, member), a, b in zip(places, placed, placed, strict=True):
+            scaling = pairs[member.name].scaling
+            table[index, place] = (a.data_ptr(), b.data_ptr(), len(a), member.column, member.columns, scaling)
+            kept[member.name] = LoraPair(a, b, scaling)
+        ranks = table["rank"] + table["rank"] % 2
+        return Adapter(digest, kept, table, int(ranks.sum(axis=1).max()))
+
+    def begin(self, segments: Sequence[Segment]) -> None:
+        self._held = segments
+        self._segments = np.array(
+            [(s.use.adapter.table.ctypes.data, s.start, s.stop, s.use.weight, 0) for s in segments], SEGMENT
+        )
+        self._address = self._segments.ctypes.data
+        size = sum((segment.stop - segment.start) * segment.use.adapter.width for segment in segments)
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.int32)
+
+    def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        if len(self._segments):
+            features, columns = inputs.shape[-1], outputs.shape[-1]
+            self._kernels.lora_apply(
+                inputs.data_ptr(), features, outputs.data_ptr(), columns, features, self._address, len(self._segments),
+                group, self._members, self._scratch.data_ptr(), self._kernels.threads,
+            )  # fmt: skip
+
+
+def _together(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same matrices in one block of memory, each from the beginning of a cache line."""
+    line = 64 // matrices[0].element_size()
+    starts = list(accumulate((-(-matrix.numel() // line) * line for matrix in matrices), initial=0))
+    memory = streamed(starts[-1] + line, dtype=matrices[0].dtype)
+    first = -memory.data_ptr() % 64 // memory.element_size()
+    return [
+        memory[first + start : first + start + matrix.numel()].view(matrix.shape).copy_(matrix)
+        for start, matrix in zip(starts, matrices, strict=False)
+    ]
+
+
+def pack_expand(b: torch.Tensor) -> torch.Tensor:
+    """B `[out_features, rank]` as kernels/lora.cpp reads it, in strips of 64 outputs, the last one filled up with
+    zeros: float32 `[strips, rank, 64]`, bfloat16 `[strips, ⌈rank / 2⌉, 64, 2]`."""
+    together = 2 if b.dtype == torch.bfloat16 else 1  # ranks in one lane
+    rows, rank = b.shape
+    padded = functional.pad(b, (0, -rank % together, 0, -rows % STRIP))
+    strips = padded.view(-1, STRIP, padded.shape[1] // together, together)
+    return strips.transpose(1, 2).contiguous()
 
 
 def build_segments(spans: Sequence[tuple[int, tuple[WeightedAdapter, ...]]]) -> list[Segment]:

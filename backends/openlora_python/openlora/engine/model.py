@@ -11,9 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import InvalidArgument, UnsupportedModel
+from .adaptable import make_adaptable
 from .attention import IMPLEMENTATION, PagedStep, Span, register
+from .fused import fuse
+from .kernels import kernels_for
 from .kv_cache import KVCache
-from .lora import LoraStep, WeightedAdapter, build_segments, wrap_linears
+from .linear import Pack, PackedLinear
+from .lora import WeightedAdapter, build_segments
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")
 """Values of `model_type` that are supported: decoders with a standard cache and `nn.Linear` projections."""
@@ -68,6 +72,12 @@ def longest_context(config: PreTrainedConfig) -> int:
     return limit
 
 
+def eos_token_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end this model's texts, none if it names none."""
+    found = model.generation_config.eos_token_id
+    return [] if found is None else found if isinstance(found, list) else [found]
+
+
 def head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
@@ -86,14 +96,17 @@ def load(model_dir: str, dtype: str, device: torch.device) -> PreTrainedModel:
 class PagedModel:
     """A loaded model changed in place: paged attention, and every linear but the output layer adaptable."""
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVCache, pack: Pack = PackedLinear) -> None:
         register()
         self.cache = cache
         self.device = cache.data.device
-        self.lora = LoraStep()
-        self.linears = wrap_linears(model, self.lora)
+        self.linears, self.lora = make_adaptable(model, pack, model.dtype, self.device)
         model.set_attn_implementation(IMPLEMENTATION)
         self._model = model
+        kernels = kernels_for(model.dtype, self.device)
+        self._attention_kernels = kernels if head_dim(model.config) % 16 == 0 else None
+        if kernels is not None:
+            fuse(model, kernels)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -112,11 +125,11 @@ class PagedModel:
         for chunk in ordered:
             spans.append(Span(row, chunk.start, len(chunk.token_ids), chunk.blocks))
             row += len(chunk.token_ids)
-        step = PagedStep(spans, self.cache)
+        step = PagedStep(spans, self.cache, self._attention_kernels)
         token_ids = torch.tensor([token for chunk in ordered for token in chunk.token_ids], device=self.device)
         ends = {index: span.row + span.tokens for index, span in zip(order, spans, strict=True)}
         wanted = [row for index, chunk in enumerate(chunks) for row in range(ends[index] - chunk.logits, ends[index])]
-        self.lora.segments = build_segments([(len(chunk.token_ids), chunk.adapters) for chunk in ordered])
+        self.lora.begin(build_segments([(len(chunk.token_ids), chunk.adapters) for chunk in ordered]))
         try:
             output = self._model(
                 input_ids=token_ids[None],
@@ -126,5 +139,5 @@ class PagedModel:
                 paged=step,
             )
         finally:
-            self.lora.segments = []  # an evicted adapter must not live on here
+            self.lora.begin([])  # an evicted adapter must not live on here
         return output.logits[0].float()
