@@ -33,7 +33,7 @@ class EngineSettings(_Section):
     kind: Literal["torch"] = "torch"
     python: Path | None = None  # interpreter of the engine process; default: this one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none"] = "none"
+    quantization: Literal["none", "int8", "int8-weight-only"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     max_model_len: int | None = Field(default=None, ge=16)
@@ -43,6 +43,8 @@ class EngineSettings(_Section):
     max_adapters: int = Field(default=64, ge=1)
     max_rank: int = Field(default=128, ge=1)
     max_waiting: int = Field(default=1024, ge=1)
+    prefix_cache: Literal["per_caller", "shared", "off"] = "per_caller"  # shared: timing tells of others' prompts
+    prefill_stretch: float = Field(default=1.9, gt=1.0, le=100.0)  # how much longer prompts may make a decoding step
     hang_seconds: float = Field(default=30.0, gt=0)  # no step for so long with work queued: killed and restarted
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from .api import AdapterUse
 from .lora import Adapter
 
@@ -26,7 +28,10 @@ class AdapterSlots:
         self._read = read
         self._wake = wake
         self._slots: OrderedDict[str, _Slot] = OrderedDict()  # least recently used first
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+        # Beside decoding, so with no threads of its own: see TorchEngine._run.
+        self._loader = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="adapter-loader", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     @property
     def loaded(self) -> int:
@@ -43,12 +48,13 @@ class AdapterSlots:
         """
         paths = {use.digest: use.path for use in uses}
         absent = [digest for digest in paths if digest not in self._slots]
-        idle = [digest for digest, slot in self._slots.items() if slot.pins == 0 and digest not in paths]
         shortage = len(self._slots) + len(absent) - self.count
-        if shortage > len(idle):
-            return False
-        for digest in idle[: max(0, shortage)]:
-            self._slots.pop(digest).loading.cancel()
+        if absent and shortage > 0:
+            idle = [digest for digest, slot in self._slots.items() if slot.pins == 0 and digest not in paths]
+            if shortage > len(idle):
+                return False
+            for digest in idle[:shortage]:
+                self._slots.pop(digest).loading.cancel()
         for digest in absent:
             future = self._loader.submit(self._read, digest, paths[digest])
             self._slots[digest] = _Slot(future)

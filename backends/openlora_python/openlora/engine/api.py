@@ -23,6 +23,23 @@ class AdapterUse(msgspec.Struct, frozen=True):
     weight: int  # 1e-6 units; the adapter's own scaling comes on top
 
 
+GUIDE_KINDS = ("json", "json_schema", "regex", "grammar", "choice")
+MAX_GUIDE_BYTES = 64 * 1024
+
+
+class Guide(msgspec.Struct, frozen=True):
+    """What the text of the whole output must be: the output ends where it is complete.
+
+    `json`: any JSON object; `json_schema`: JSON that is valid under the schema `text`; `regex`: a match of `text` from
+    begin to end, in Rust's syntax; `grammar`: a sentence of `text`, which is GBNF (`root ::= …`) or Lark
+    (`start: …`); `choice`: one of the strings in the JSON list `text`.
+    """
+
+    kind: str  # one of GUIDE_KINDS
+    text: str = ""  # UTF-8 of at most MAX_GUIDE_BYTES
+    field: str = "guide"  # what errors call it: the name under which the client sent it
+
+
 class Sampling(msgspec.Struct, frozen=True):
     """How to choose tokens; every field is normalised and in range before it gets here."""
 
@@ -40,6 +57,7 @@ class Sampling(msgspec.Struct, frozen=True):
     stop_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences never to be completed
     logprobs: int | None = None  # None = none; 0 = of the chosen token; n = and of the n most likely
+    guide: Guide | None = None
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
@@ -48,6 +66,8 @@ class EngineRequest(msgspec.Struct, frozen=True):
     adapters: tuple[AdapterUse, ...]  # empty = base model
     sampling: Sampling
     priority: int = 0  # lower runs earlier
+    timeout: float | None = None  # seconds from submission; then it ends with the error DEADLINE_EXCEEDED
+    cache_salt: str = ""  # prompts share cached prefixes only under the same salt
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -66,6 +86,7 @@ class EngineOutput(msgspec.Struct):
     finish_reason: str = ""  # stop | length | cancelled | error
     error: str = ""  # str() of an OpenLoRAError, with finish_reason "error"
     logprobs: list[TokenLogprob] | None = None
+    cached_tokens: int = 0  # on the first one with tokens: of the prompt, taken from the prefix cache
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -90,6 +111,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     kv_blocks_used: int
     kv_blocks_total: int
     adapters_loaded: int
+    kv_blocks_cached: int = 0  # held by nobody, with prefixes that may be asked for again
+    prefix_lookup_tokens: int = 0  # since the start: of prompts that were looked up in the prefix cache …
+    prefix_hit_tokens: int = 0  # … and those of them that were in it
+    preemptions: int = 0  # since the start
 
 
 Emit = Callable[[list[EngineOutput]], None]

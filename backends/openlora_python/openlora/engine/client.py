@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from ..errors import EngineRestarted, Unavailable
-from .api import EngineInfo, EngineRequest
+from ..errors import EngineRestarted, OpenLoRAError, Unavailable
+from .api import EngineInfo, EngineOutput, EngineRequest
 from .wire import Cancel, Hello, Outputs, Submit, ToClient, Welcome
-
-Event = Any  # EngineOutput, OpenLoRAError, or what else the owner of the queue puts in
 
 HELLO_SECONDS = 0.2
 RETRY_AFTER_MS = 2000
 
 
-class EngineClient:
-    """Lives on one asyncio loop. Each request has a queue of outputs; a dead engine puts an error in all of them."""
+class Receiver(Protocol):
+    """Who asked for a request. Both are called on the loop and must neither block nor raise."""
 
-    def __init__(self, address: str) -> None:
+    def take(self, output: EngineOutput) -> None: ...
+
+    def abort(self, error: OpenLoRAError) -> None: ...
+
+
+class EngineClient:
+    """Lives on one asyncio loop. Outputs go to their receivers as they come; a dead engine aborts all of them.
+
+    `end_of_step` is called when everything that one message brought was handed out.
+    """
+
+    def __init__(self, address: str, end_of_step: Callable[[], None]) -> None:
         self._address = address
+        self._end_of_step = end_of_step
         self._context = zmq.asyncio.Context()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToClient)
         self._socket: zmq.asyncio.Socket | None = None
-        self._queues: dict[str, asyncio.Queue[Event]] = {}
+        self._receivers: dict[str, Receiver] = {}
         self.info: EngineInfo | None = None
 
     async def run(self) -> None:
@@ -68,10 +79,8 @@ class EngineClient:
             loop.remove_reader(descriptor)
             os.close(descriptor)
             self._socket = self.info = None
-            for queue in self._queues.values():
-                queue.put_nowait(
-                    EngineRestarted("the engine died while this request ran", retry_after_ms=RETRY_AFTER_MS)
-                )
+            for receiver in self._receivers.values():
+                receiver.abort(EngineRestarted("the engine died while this request ran", retry_after_ms=RETRY_AFTER_MS))
             for task in (reading, ended):
                 task.cancel()
             if reading.done() and not reading.cancelled() and reading.exception():
@@ -82,8 +91,9 @@ class EngineClient:
             message = self._decoder.decode(await socket.recv())
             if isinstance(message, Outputs):
                 for output in message.outputs:
-                    if queue := self._queues.get(output.request_id):
-                        queue.put_nowait(output)
+                    if receiver := self._receivers.get(output.request_id):
+                        receiver.take(output)
+                self._end_of_step()
 
     def require(self) -> EngineInfo:
         """The facts of the engine that answers now.
@@ -95,14 +105,14 @@ class EngineClient:
             raise Unavailable("the engine is starting", retry_after_ms=RETRY_AFTER_MS)
         return self.info
 
-    async def submit(self, request: EngineRequest, events: asyncio.Queue[Event]) -> None:
-        """Queue a request. `events` gets its outputs up to one with a finish reason, or an error in their place.
+    async def submit(self, request: EngineRequest, receiver: Receiver) -> None:
+        """Queue a request. `receiver` gets its outputs up to one with a finish reason, or an error in their place.
 
         Raises:
             Unavailable: there is no engine; nothing was accepted.
         """
         self.require()
-        self._queues[request.request_id] = events
+        self._receivers[request.request_id] = receiver
         await self._socket.send(self._encoder.encode(Submit((request,))))
 
     async def cancel(self, request_id: str) -> None:
@@ -111,4 +121,4 @@ class EngineClient:
 
     def release(self, request_id: str) -> None:
         """The request is over for us: later outputs of it are dropped."""
-        self._queues.pop(request_id, None)
+        self._receivers.pop(request_id, None)

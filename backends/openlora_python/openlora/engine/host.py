@@ -6,6 +6,7 @@ the server (another interpreter may run it): the standard library, msgspec, pyzm
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -143,6 +144,7 @@ def load_engine(config: EngineConfig) -> Engine:
     if config.kind == "torch":
         import torch
 
+        logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of its CUDA libraries where there is no CUDA
         from .torch_engine import TorchEngine
 
         if config.threads:

@@ -1,4 +1,4 @@
-"""The paged key and value cache: fixed-size blocks, a free list, and reservations that are never broken."""
+"""The paged key and value cache: the memory of fixed-size blocks, and which of them a sequence has."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .block_pool import BlockPool
+
 NULL_BLOCK = 0
 """Pads block tables. It belongs to nobody and stays zero."""
 
 
 @dataclass(eq=False)
 class SequenceBlocks:
-    """The blocks of one sequence, in token order, and how many it may take in all."""
+    """The blocks of one sequence, in token order; leading ones may be shared with others."""
 
-    reserved: int
     ids: list[int] = field(default_factory=list)
 
 
 class KVCache:
     """Keys and values of all layers, `[layers, 2, blocks, block_size, kv_heads, head_dim]`, in one allocation.
 
-    Reserving counts blocks; a block is taken when its first token comes. Memory that no sequence has reached yet
-    is never touched, and the most recently freed block is used first, so the resident set follows the load.
+    `pool` knows who holds which block. Memory that no sequence has reached yet is never touched.
     """
 
     def __init__(
@@ -42,33 +42,33 @@ class KVCache:
         shape = (layers, 2, self.total_blocks + 1, block_size, kv_heads, head_dim)
         self.data = torch.empty(shape, dtype=dtype, device=device)
         self.data[:, :, NULL_BLOCK] = 0
-        self._free = list(range(self.total_blocks, NULL_BLOCK, -1))  # last in, first out
-        self._reserved = 0
+        self.layer_addresses = [(layer[0].data_ptr(), layer[1].data_ptr()) for layer in self.data]  # of keys, values
+        self.pool = BlockPool(range(NULL_BLOCK + 1, self.total_blocks + 1))
         self._scratch = torch.empty(2, 0, dtype=dtype, device=device)
 
     @property
     def used_blocks(self) -> int:
-        """Blocks that hold tokens now."""
-        return self.total_blocks - len(self._free)
+        """Blocks that sequences hold now; idle ones of the prefix cache are not among them."""
+        return self.pool.held
 
     @property
-    def reserved_blocks(self) -> int:
-        """Blocks promised to sequences, taken or not."""
-        return self._reserved
+    def available_blocks(self) -> int:
+        """Blocks that can be taken now."""
+        return self.pool.available
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
     def reserve(self, tokens: int) -> SequenceBlocks | None:
-        """Promise room for `tokens` tokens, or None while other sequences hold too much."""
-        blocks = self.blocks_for(tokens)
-        if self._reserved + blocks > self.total_blocks:
+        """Blocks for a sequence of `tokens` tokens, or None while others hold too much."""
+        if self.blocks_for(tokens) > self.available_blocks:
             return None
-        self._reserved += blocks
-        return SequenceBlocks(blocks)
+        blocks = SequenceBlocks()
+        self.grow([(blocks, tokens)])
+        return blocks
 
     def grow(self, sequences: Sequence[tuple[SequenceBlocks, int]]) -> None:
-        """Take blocks until each sequence has room for its number of tokens, within its reservation.
+        """Take blocks until each sequence has room for its number of tokens; the caller knows that there are enough.
 
         Taken blocks are zeroed: the tail of a last block is read under a mask, and a NaN left there by an earlier
         owner would pass through it (0 · NaN = NaN).
@@ -77,17 +77,25 @@ class KVCache:
         for blocks, tokens in sequences:
             missing = self.blocks_for(tokens) - len(blocks.ids)
             if missing > 0:
-                fresh = [self._free.pop() for _ in range(missing)]
+                fresh = self.pool.take(missing)
                 blocks.ids.extend(fresh)
                 taken.extend(fresh)
         if taken:
             self.data[:, :, taken] = 0
 
+    def make_writable(self, blocks: SequenceBlocks, index: int) -> None:
+        """Copy on write: a sequence that must write into a shared or published block gets a copy of it for its own."""
+        shared = blocks.ids[index]
+        if not self.pool.writable(shared):
+            (own,) = self.pool.take(1)
+            self.data[:, :, own] = self.data[:, :, shared]
+            blocks.ids[index] = own
+            self.pool.release([shared])
+
     def release(self, blocks: SequenceBlocks) -> None:
-        """Give everything back, taken or only reserved."""
-        self._free.extend(reversed(blocks.ids))
-        self._reserved -= blocks.reserved
-        blocks.ids, blocks.reserved = [], 0
+        """Give everything back; what was published stays to be found until its memory is needed."""
+        self.pool.release(blocks.ids)
+        blocks.ids = []
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store `[tokens, kv_heads, head_dim]` at the flat positions `slots` (block · block_size + offset)."""

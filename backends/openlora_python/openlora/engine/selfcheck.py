@@ -13,6 +13,10 @@ TOKENS = 16
 # Largest difference allowed, relative to max|logit|: rounding only.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+# Of quantized models, |difference| relative to |logits|, of all as one vector: where activations become integers, what
+# is rounded otherwise in one layer is rounded otherwise in all that follow. A wrong computation is at about 1.
+_QUANTIZED_TOLERANCE = {"int8": 0.25, "int8-weight-only": 0.1}
+
 
 def probe_tokens(vocab_size: int) -> list[int]:
     """16 token ids spread over the vocabulary."""
@@ -26,8 +30,10 @@ def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tens
     return model(input_ids=input_ids, use_cache=False).logits[0].float()
 
 
-def check(model: PagedModel, token_ids: list[int], expected: torch.Tensor) -> None:
+def check(model: PagedModel, token_ids: list[int], expected: torch.Tensor, quantization: str = "none") -> None:
     """Compute the tokens twice side by side, each in two chunks: halves, and all but one then one (a decode step).
+
+    What is expected of a quantized model comes from transformers over torchao's own linears.
 
     Raises:
         UnsupportedModel: with the largest difference and the limit.
@@ -51,8 +57,12 @@ def check(model: PagedModel, token_ids: list[int], expected: torch.Tensor) -> No
         model.cache.release(blocks)
     found = torch.cat([heads, tails])
     wanted = torch.cat([expected[:split] for split in splits] + [expected[split:] for split in splits])
-    difference = (found - wanted).abs().max().item()
-    limit = _TOLERANCE[model.cache.data.dtype] * wanted.abs().max().item()
+    if quantization == "none":
+        difference = (found - wanted).abs().max().item()
+        limit = _TOLERANCE[model.cache.data.dtype] * wanted.abs().max().item()
+    else:
+        difference = (found - wanted).norm().item()
+        limit = _QUANTIZED_TOLERANCE[quantization] * wanted.norm().item()
     if not difference <= limit:  # also when it is NaN
         raise UnsupportedModel(
             f"self-check failed: logits on {tokens} tokens differ from transformers by {difference:.3g}, "

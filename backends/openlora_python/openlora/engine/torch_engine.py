@@ -5,31 +5,38 @@ One thread owns the model, the scheduler and every sequence. `submit` and `cance
 
 from __future__ import annotations
 
+import heapq
 import logging
-import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from .. import __version__
-from ..errors import Internal, InvalidArgument, OpenLoRAError, Overloaded
+from ..errors import DeadlineExceeded, Internal, InvalidArgument, NotFinite, OpenLoRAError, Overloaded
 from .adapter_file import AdapterReader
 from .adapter_slots import AdapterSlots
 from .api import Emit, EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenLogprob
-from .kv_cache import KVCache
-from .model import Chunk, PagedModel, head_dim, load, longest_context
+from .cache_size import make_cache
+from .linear import PackedLinear
+from .model import Chunk, PagedModel, eos_token_ids, load, longest_context
+from .prefix_cache import PrefixCache
+from .quantization import MODES, kept_file, pack_int8, quantize
+from .request_check import check_request
 from .sampling import Sampled, SamplingState, sample
 from .scheduler import Scheduler, Sequence, Work
-from .selfcheck import TOKENS, check, probe_tokens, reference_logits
+from .selfcheck import check, probe_tokens, reference_logits
+from .step_budget import StepBudget
+from .structured_output import GuideCompiler
 
 _LOG = logging.getLogger(__name__)
-
-_CPU_CACHE_SHARE = 0.25  # of physical memory
-_GPU_CACHE_SHARE = 0.8  # of what the weights leave free
 
 
 class TorchEngine:
@@ -47,6 +54,7 @@ class TorchEngine:
         dtype: str = "auto",
         device: str = "auto",
         quantization: str = "none",
+        quantized_dir: str | None = None,
         max_model_len: int | None = None,
         max_batch: int = 64,
         max_step_tokens: int = 512,
@@ -55,19 +63,25 @@ class TorchEngine:
         max_adapters: int = 64,
         max_rank: int = 128,
         max_waiting: int = 1024,
+        prefix_cache: bool = True,
+        prefill_stretch: float = 1.9,
     ) -> None:
         """Load the model, check it against transformers, and make room for cache and adapters.
 
         `max_model_len` bounds prompt and output together; None is the model's own limit, less if memory asks for it.
         `kv_cache_tokens` is shared by all sequences; None is enough for `max_batch` of the longest, within a share
-        of the memory. `max_step_tokens` bounds decode and prefill tokens of one forward.
+        of the memory. `max_step_tokens` bounds decode and prefill tokens of one forward, `prefill_stretch` how much
+        longer prompts may make a step in which others decode (`StepBudget`). `quantized_dir` keeps quantized weights
+        by `base_digest`, so that only the first start makes them.
 
         Raises:
             InvalidArgument: a setting is out of range, naming it.
             UnsupportedModel: the architecture is not supported, or the self-check found other logits.
         """
-        if quantization != "none":
-            raise InvalidArgument(f"{quantization!r} is not supported yet, 'none' is right", field="quantization")
+        if quantization not in MODES:
+            raise InvalidArgument(
+                f"{quantization!r} is unknown, one of {', '.join(MODES)} is right", field="quantization"
+            )
         for name, value in (("max_batch", max_batch), ("block_size", block_size), ("max_adapters", max_adapters),
                             ("max_rank", max_rank), ("max_waiting", max_waiting)):  # fmt: skip
             if value < 1:
@@ -76,22 +90,31 @@ class TorchEngine:
             raise InvalidArgument(
                 f"{max_step_tokens} is too small, at least max_batch = {max_batch} is right", field="max_step_tokens"
             )
+        if not prefill_stretch > 1:
+            raise InvalidArgument(f"{prefill_stretch} is out of range, above 1 is right", field="prefill_stretch")
         target = _device(device)
-        model = load(model_dir, dtype, target)
-        config = model.config
-        probe = probe_tokens(config.vocab_size)
-        expected = reference_logits(model, probe)
-        cache = _make_cache(config, model.dtype, target, max_model_len, kv_cache_tokens, max_batch, block_size)
+        load = partial(
+            self._load, model_dir, base_digest, dtype, target, quantization, quantized_dir, max_model_len,
+            kv_cache_tokens, max_batch, block_size,
+        )  # fmt: skip
+        loaded: Future[tuple[PreTrainedModel, PagedModel]] = Future()
+        self._emit: Emit | None = None
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(load, loaded), name="torch-engine", daemon=True)
+        self._thread.start()
+        model, self._model = loaded.result()
+        config, cache = model.config, self._model.cache
         self.max_model_len = min(max_model_len or longest_context(config), cache.total_blocks * block_size)
-        self._model = PagedModel(model, cache)
-        check(self._model, probe, expected)
 
         self._wake = threading.Event()
-        reader = AdapterReader(self._model.linears, model.dtype, target, max_rank)
+        reader = AdapterReader(self._model.linears, self._model.lora, model.dtype, target, max_rank)
         self._slots = AdapterSlots(reader.read, max_adapters, self._wake.set)
-        self._scheduler = Scheduler(
-            cache, self._slots, max_batch=max_batch, max_step_tokens=max_step_tokens, max_model_len=self.max_model_len
-        )
+        self._guides = GuideCompiler(model_dir, config.vocab_size, eos_token_ids(model), self._wake.set)
+        self._preparing: list[Sequence] = []  # until their guides are ready
+        self._prefix = PrefixCache(cache.pool, block_size, base_digest, enabled=prefix_cache)
+        budget = StepBudget(max_step_tokens, prefill_stretch)
+        self._scheduler = Scheduler(cache, self._prefix, self._slots, budget, max_batch=max_batch)
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap by (deadline, arrival), of the ended ones too
         self._lock = threading.Lock()  # guards the five fields below
         self._live: dict[str, Sequence] = {}
         self._submitted: deque[Sequence] = deque()
@@ -100,7 +123,6 @@ class TorchEngine:
         self._arrivals = 0
         self._max_waiting = max_waiting
         self._stopping = False
-        self._thread: threading.Thread | None = None
         self._steps = 0
         self._last_finish = time.monotonic()
         self._finish_interval = 0.1  # seconds between finished requests, smoothed
@@ -119,10 +141,49 @@ class TorchEngine:
             max_adapters=max_adapters,
         )
 
+    def _load(
+        self,
+        model_dir: str,
+        base_digest: str,
+        dtype: str,
+        target: torch.device,
+        quantization: str,
+        quantized_dir: str | None,
+        max_model_len: int | None,
+        kv_cache_tokens: int | None,
+        max_batch: int,
+        block_size: int,
+    ) -> tuple[PreTrainedModel, PagedModel]:
+        """The model as it was loaded, changed in place, and what runs it; checked."""
+        model = load(model_dir, dtype, target)
+        config = model.config
+        probe = probe_tokens(config.vocab_size)
+        if quantization != "none":
+            kept = None if quantized_dir is None else kept_file(Path(quantized_dir), base_digest, model.dtype)
+            quantize(model, quantization, kept)
+        expected = reference_logits(model, probe)
+        cache = make_cache(config, model.dtype, target, max_model_len, kv_cache_tokens, max_batch, block_size)
+        paged = PagedModel(model, cache, PackedLinear if quantization == "none" else pack_int8)
+        check(paged, probe, expected, quantization)
+        return model, paged
+
+    def _run(self, load: Callable[[], tuple[PreTrainedModel, PagedModel]], loaded: Future) -> None:
+        """Everything that computes is on this one thread: OpenMP keeps a team of workers for each thread that does, and
+        as soon as all teams together have more threads than the machine has cores, none of them spins for its next
+        piece of work: each product then begins with a wake-up, a third of a decode step."""
+        try:
+            loaded.set_result(load())
+        except Exception as error:
+            loaded.set_exception(error)
+            return
+        self._started.wait()
+        if self._emit is not None:
+            self._loop(self._emit)
+
     def start(self, emit: Emit) -> None:
         """Start the step loop; `emit` gets everything that a step made, on the loop's thread."""
-        self._thread = threading.Thread(target=self._loop, args=(emit,), name="torch-engine", daemon=True)
-        self._thread.start()
+        self._emit = emit
+        self._started.set()
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. What is wrong with it, or an overfull queue, is told by its one output.
@@ -137,8 +198,13 @@ class TorchEngine:
             if error is not None:
                 self._refused.append(_ended(request.request_id, error))
             else:
-                state = SamplingState(request.sampling, request.prompt, self.info.vocab_size, self._model.device)
-                sequence = Sequence(request, self._arrivals, state, list(request.prompt))
+                guide = request.sampling.guide
+                state = SamplingState(
+                    request.sampling, request.prompt, None if guide is None else self._guides.start(guide)
+                )
+                sequence = Sequence(request, self._arrivals, state, list(request.prompt), self._prefix.chain(request))
+                if request.timeout is not None:
+                    sequence.deadline = time.monotonic() + request.timeout
                 self._arrivals += 1
                 self._live[request.request_id] = sequence
                 self._submitted.append(sequence)
@@ -158,38 +224,18 @@ class TorchEngine:
         """Stop the step loop and the loader; running requests are dropped."""
         self._stopping = True
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._started.set()
+        self._thread.join()
         self._slots.close()
+        self._guides.close()
 
     def _refusal(self, request: EngineRequest) -> OpenLoRAError | None:
         """Why a request can't be taken, if so."""
-        sampling, prompt, vocab_size = request.sampling, request.prompt, self.info.vocab_size
-        if not prompt:
-            return InvalidArgument("is empty, at least one token is right", field="prompt")
-        if len(prompt) >= self.max_model_len:
-            return InvalidArgument(
-                f"{len(prompt)} tokens leave no room for an answer, max_model_len is {self.max_model_len}",
-                field="prompt",
-            )
-        if sampling.max_tokens < 1:
-            return InvalidArgument(f"{sampling.max_tokens} is too small, at least 1 is right", field="max_tokens")
-        named = {
-            "prompt": prompt,
-            "eos_token_ids": sampling.eos_token_ids,
-            "stop_token_ids": sampling.stop_token_ids,
-            "bad_words": [token for word in sampling.bad_words for token in word],
-        }
-        for name, tokens in named.items():
-            outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
-            if outside is not None:
-                return InvalidArgument(f"token id {outside} is outside the vocabulary of {vocab_size}", field=name)
-        if not all(sampling.bad_words):
-            return InvalidArgument("a word has no tokens", field="bad_words")
-        distinct = len({use.digest for use in request.adapters})
-        if distinct > self.info.max_adapters:
-            return InvalidArgument(f"{distinct} adapters, at most {self.info.max_adapters} fit", field="adapters")
-        waiting = len(self._scheduler.waiting) + len(self._submitted)
+        try:
+            check_request(request, self.info)
+        except InvalidArgument as error:
+            return error
+        waiting = len(self._scheduler.waiting) + len(self._submitted) + len(self._preparing)
         if waiting >= self._max_waiting:
             retry = self._finish_interval * waiting / 2  # until half of the queue is gone
             return Overloaded(
@@ -200,36 +246,72 @@ class TorchEngine:
     def _loop(self, emit: Emit) -> None:
         try:
             while not self._stopping:
-                self._wake.clear()
-                outputs = self._take_notes()
+                outputs = self._take_notes() if self._wake.is_set() else []
+                outputs += self._expire()
                 for sequence, error in self._scheduler.admit():
                     outputs.append(self._finish(sequence, error=error))
+                started = time.perf_counter()
                 works = self._scheduler.schedule()
                 if works:
-                    outputs += self._step(works)
+                    outputs += self._step(works, started)
                 self._stats = self._count()
                 if outputs:
                     emit(outputs)
                 elif not works:
-                    self._wake.wait()
+                    self._wake.wait(self._until_next_deadline())
         except Exception as error:
             _LOG.exception("the step loop stopped")
             self.failed = error
 
     def _take_notes(self) -> list[EngineOutput]:
-        """Take over what other threads left: submissions, refusals, cancellations."""
+        """Take over what other threads left: submissions, refusals, cancellations, adapters, guides."""
+        self._wake.clear()
+        self._scheduler.changed = True
         with self._lock:
             outputs, self._refused = self._refused, []
             submitted, self._submitted = list(self._submitted), deque()
             cancelled, self._cancelled = self._cancelled, []
-            # Under the lock, so that every waiting request is in one of the two queues whenever one is counted.
+            # Under the lock, so that every waiting request is in one of the three queues whenever one is counted.
             for sequence in submitted:
-                self._scheduler.add(sequence)
+                if sequence.deadline is not None:
+                    heapq.heappush(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
+            refused = self._enqueue(self._preparing + submitted)
+        outputs += [self._finish(sequence, error=error) for sequence, error in refused]
         for request_id in cancelled:
             sequence = self._live.get(request_id)
             if sequence is not None:
                 outputs.append(self._finish(sequence, reason="cancelled"))
         return outputs
+
+    def _enqueue(self, sequences: list[Sequence]) -> list[tuple[Sequence, OpenLoRAError]]:
+        """Those whose guides are ready wait for a row from now on; returns those whose guides are bad."""
+        self._preparing, refused = [], []
+        for sequence in sequences:
+            ready = False
+            try:
+                ready = sequence.sampling.ready
+            except OpenLoRAError as error:
+                refused.append((sequence, error))
+            if ready:
+                self._scheduler.add(sequence)
+            else:
+                self._preparing.append(sequence)
+        return refused
+
+    def _expire(self) -> list[EngineOutput]:
+        """End what is past its deadline, in whatever phase it is."""
+        outputs = []
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            if self._live.get(sequence.request.request_id) is sequence:
+                late = DeadlineExceeded(f"not finished in {sequence.request.timeout * 1000:.0f} ms")
+                outputs.append(self._finish(sequence, error=late))
+        return outputs
+
+    def _until_next_deadline(self) -> float | None:
+        """Seconds; None when there is none."""
+        return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
 
     def _count(self) -> EngineStats:
         cache = self._scheduler.cache
@@ -240,10 +322,14 @@ class TorchEngine:
             kv_blocks_used=cache.used_blocks,
             kv_blocks_total=cache.total_blocks,
             adapters_loaded=self._slots.loaded,
+            kv_blocks_cached=cache.pool.idle,
+            prefix_lookup_tokens=self._prefix.lookup_tokens,
+            prefix_hit_tokens=self._prefix.hit_tokens,
+            preemptions=self._scheduler.preemptions,
         )
 
-    def _step(self, works: list[Work]) -> list[EngineOutput]:
-        """One forward, and a token for each sequence that is ready for one.
+    def _step(self, works: list[Work], started: float) -> list[EngineOutput]:
+        """One forward, and a token for each sequence that is ready for one; `started` is when its scheduling began.
 
         A fault in here ends the sequences of this step; the others, and the loop, go on.
         """
@@ -262,26 +348,41 @@ class TorchEngine:
             ready = [work.sequence for work in works if work.completes]
             logits = self._model.forward(chunks)
             choices = sample(logits, [sequence.sampling for sequence in ready])
-            for work in works:
-                work.sequence.computed += work.tokens
+            self._scheduler.computed(works)
         except Exception as error:
             _LOG.exception("a step of %d sequences failed", len(works))
             fault = Internal(f"a step failed: {type(error).__name__}: {error}")
             return [self._finish(work.sequence, error=fault) for work in works]
-        return [self._accept(sequence, choice) for sequence, choice in zip(ready, choices, strict=True)]
+        outputs = [self._accept(sequence, choice) for sequence, choice in zip(ready, choices, strict=True)]
+        self._scheduler.timed(time.perf_counter() - started)
+        return outputs
 
     def _accept(self, sequence: Sequence, choice: Sampled | OpenLoRAError) -> EngineOutput:
         if isinstance(choice, OpenLoRAError):
+            if isinstance(choice, NotFinite):
+                self._scheduler.distrust(sequence)
             return self._finish(sequence, error=choice)
-        sampling = sequence.request.sampling
         sequence.token_ids.append(choice.token_id)
         sequence.sampling.append(choice.token_id)
         logprobs = None if choice.logprob is None else [choice.logprob]
-        if choice.token_id in sampling.eos_token_ids or choice.token_id in sampling.stop_token_ids:
-            return self._finish(sequence, [choice.token_id], "stop", logprobs=logprobs)
+        reason = self._finish_reason(sequence)
+        if reason:
+            output = self._finish(sequence, [choice.token_id], reason, logprobs=logprobs)
+        else:
+            output = EngineOutput(sequence.request.request_id, [choice.token_id], logprobs=logprobs)
+        if len(sequence.sampling.output) == 1:
+            output.cached_tokens = sequence.cached
+        return output
+
+    def _finish_reason(self, sequence: Sequence) -> str:
+        sampling, token_id = sequence.request.sampling, sequence.token_ids[-1]
+        if token_id in sampling.eos_token_ids or token_id in sampling.stop_token_ids:
+            return "stop"
+        if sequence.sampling.complete:
+            return "stop"
         if len(sequence.sampling.output) >= sampling.max_tokens or len(sequence.token_ids) >= self.max_model_len:
-            return self._finish(sequence, [choice.token_id], "length", logprobs=logprobs)
-        return EngineOutput(sequence.request.request_id, [choice.token_id], logprobs=logprobs)
+            return "length"
+        return ""
 
     def _finish(
         self,
@@ -293,7 +394,10 @@ class TorchEngine:
         logprobs: list[TokenLogprob] | None = None,
     ) -> EngineOutput:
         """Give back all that a sequence holds; its last output."""
-        self._scheduler.remove(sequence)
+        if sequence in self._preparing:
+            self._preparing.remove(sequence)
+        else:
+            self._scheduler.remove(sequence)
         request_id = sequence.request.request_id
         with self._lock:
             del self._live[request_id]
@@ -319,46 +423,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidArgument("this machine has no CUDA device that torch can use", field="device")
     return device
-
-
-def _make_cache(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int | None,
-    tokens: int | None,
-    max_batch: int,
-    block_size: int,
-) -> KVCache:
-    """The cache for the settings, or for the memory where they say nothing."""
-    longest = longest_context(config)
-    if max_model_len is not None and not TOKENS <= max_model_len <= longest:
-        raise InvalidArgument(
-            f"{max_model_len} is out of range, {TOKENS} to {longest} is right for this model", field="max_model_len"
-        )
-    smallest = 2 * -(-TOKENS // block_size) * block_size  # what the self-check takes
-    if tokens is not None and tokens < max(max_model_len or 0, smallest):
-        raise InvalidArgument(
-            f"{tokens} is too small, at least {max(max_model_len or 0, smallest)} is right", field="kv_cache_tokens"
-        )
-    if tokens is None:
-        size = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * dtype.itemsize
-        wanted = max_batch * (max_model_len or longest)
-        tokens = max(min(wanted, _memory_for_cache(device) // size), max_model_len or 0, smallest)
-    return KVCache(
-        layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim(config),
-        tokens=tokens,
-        block_size=block_size,
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _memory_for_cache(device: torch.device) -> int:
-    """Bytes that the cache may take when nobody said."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _GPU_CACHE_SHARE)
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_CACHE_SHARE)

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +28,8 @@ from .status import StatusReporter
 
 RECEIPT_SECONDS = 5.0  # how long an answer waits for a receipt that the log can't take
 TAIL_SECONDS = 0.2  # how often the journal is looked at when nobody waits for a receipt
+LOOK_SECONDS = 0.2  # how often a coalesced response asks whether its client is gone; others always do
 REMEMBERED_REQUESTS = 100_000  # finished ones whose chunks are refused if they come again
-FINISHED = 1 << 62
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +37,29 @@ log = logging.getLogger(__name__)
 class Answer(Protocol):
     """Where one response goes: the sender of one call of this step."""
 
-    def send_response(self, chunk: Chunk, receipt: str) -> None: ...
+    def send_response(self, chunk: Chunk, receipt: str, *, first: bool) -> None: ...
 
     def fail(self, error: OpenLoRAError) -> None: ...
 
     def finish(self) -> None: ...
 
 
+@dataclass(slots=True)
+class _Passing:
+    """A request whose chunks pass."""
+
+    next_index: int = 0
+    looked_at: float = 0.0  # for a cancel; on the monotonic clock
+    answered: bool = False  # its client has had a response
+
+
+_FINISHED = _Passing(next_index=1 << 62)
+
+
 @dataclass(frozen=True)
 class _Waiting:
     chunk: Chunk
+    first: bool
     answer: Answer
     until: float  # on the monotonic clock
 
@@ -58,7 +72,7 @@ class AttributionStep:
         self._control_seal = Seal(run.run_key_path, "control")
         self._context = zmq.Context.instance()
         self._control = self._connect_control(run)
-        self._next_index: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._passing: collections.OrderedDict[str, _Passing] = collections.OrderedDict()
         self._finals: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._log = ReceiptLog.open(run.state_dir, origin=run.settings.attribution.origin)
         self._projector = Projector(run.journal_dir, self._log)
@@ -66,39 +80,52 @@ class AttributionStep:
         self._thread = threading.Thread(target=self._commit, name="receipts", daemon=True)
         self._thread.start()
 
-    def take(self, sealed: bytes, cancelled: bool, answer: Answer) -> None:
-        """One response of generation on its way to the client."""
+    def take(self, sealed: bytes, is_cancelled: Callable[[], bool], answer: Answer) -> None:
+        """One response of generation on its way to the client. `is_cancelled` asks Triton about that client."""
         try:
             chunk = open_chunk(self._chunk_seal, sealed)
-            self._refuse_repeats(chunk)
+            request = self._pass(chunk)
         except OpenLoRAError as error:
             answer.fail(error)
             return
         if chunk.kind == "hello":
             self._tell(self._control, Control("ack", chunk.request_id))
-        if cancelled and chunk.kind in ("hello", "probe", "delta"):
-            self._tell(self._control, Control("cancel", chunk.request_id))
+        if chunk.kind in ("hello", "probe", "delta"):
+            self._look(chunk, request, is_cancelled)
         if chunk.kind in ("hello", "probe"):
             answer.finish()
-        elif chunk.kind == "last":
-            self._finals.put(_Waiting(chunk, answer, time.monotonic() + RECEIPT_SECONDS))
+            return
+        first, request.answered = not request.answered, True
+        if chunk.kind == "last":
+            self._finals.put(_Waiting(chunk, first, answer, time.monotonic() + RECEIPT_SECONDS))
         else:
-            answer.send_response(chunk, "")
+            answer.send_response(chunk, "", first=first)
 
     def close(self) -> None:
         self._finals.put(None)
         self._thread.join()
 
-    def _refuse_repeats(self, chunk: Chunk) -> None:
-        expected = self._next_index.get(chunk.request_id, 0)
-        if chunk.index < expected:
+    def _pass(self, chunk: Chunk) -> _Passing:
+        """What is known of the chunk's request; a chunk that comes again is refused."""
+        request = self._passing.setdefault(chunk.request_id, _Passing())
+        if chunk.index < request.next_index:
             raise NotAuthenticated("this response was passed on before: call the ensemble `openlora`")
-        over = chunk.kind in ("last", "stopped")
-        self._next_index[chunk.request_id] = FINISHED if over else chunk.index + 1
-        if over:
-            self._next_index.move_to_end(chunk.request_id)
-        while len(self._next_index) > REMEMBERED_REQUESTS:
-            self._next_index.popitem(last=False)
+        request.next_index = chunk.index + 1
+        if chunk.kind in ("last", "stopped"):
+            self._passing[chunk.request_id] = _FINISHED
+            self._passing.move_to_end(chunk.request_id)
+        while len(self._passing) > REMEMBERED_REQUESTS:
+            self._passing.popitem(last=False)
+        return request
+
+    def _look(self, chunk: Chunk, request: _Passing, is_cancelled: Callable[[], bool]) -> None:
+        """Tell generation when the client is gone. Asking is a round trip between the stub and tritonserver."""
+        now = time.monotonic()
+        if chunk.coalesced and now - request.looked_at < LOOK_SECONDS:
+            return
+        request.looked_at = now
+        if is_cancelled():
+            self._tell(self._control, Control("cancel", chunk.request_id))
 
     def _connect_control(self, run: RunConfig) -> zmq.Socket:
         socket = self._context.socket(zmq.PUSH)
@@ -158,7 +185,7 @@ class AttributionStep:
         for entry in waiting:
             if entry.chunk.seq < size:
                 receipt = self._log.receipt_json(entry.chunk.seq, with_salts=True)
-                entry.answer.send_response(entry.chunk, json.dumps(receipt, separators=(",", ":")))
+                entry.answer.send_response(entry.chunk, json.dumps(receipt, separators=(",", ":")), first=entry.first)
             elif time.monotonic() < entry.until:
                 still.append(entry)
             else:

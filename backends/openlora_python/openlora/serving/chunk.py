@@ -27,6 +27,7 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
     seq: int = -1  # of the journal's completion record, on the last one
     logprobs: str = ""  # JSON
     cumulative_logprob: float | None = None
+    coalesced: bool = False  # many streams are live: looking for a cancel with every response would cost too much
 
 
 class Control(msgspec.Struct, frozen=True, omit_defaults=True):

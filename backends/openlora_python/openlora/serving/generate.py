@@ -26,7 +26,8 @@ from ..errors import (
     Unavailable,
 )
 from .chunk import Chunk, Control, open_control
-from .generation import Generation, Pacing, Sink
+from .generation import Generation, Sink
+from .pacing import Pacer
 from .seal import Seal
 from .status import StatusReporter
 from .text import TextCodec
@@ -54,8 +55,10 @@ class GenerationStep:
         self._capacity = run.settings.engine.max_batch + run.settings.engine.max_waiting
         self._log_fault = ""  # why attribution can't write receipts, if so
         self._journal = Journal.open(run.journal_dir, wait=True, on_failure=self._journal_failed)
-        self._engine = EngineClient(run.socket("engine"))
         self._loop = asyncio.new_event_loop()
+        limits = run.settings.limits
+        self._pacer = Pacer(self._loop, self._journal, limits.coalesce_above, limits.coalesce_ms / 1000)
+        self._engine = EngineClient(run.socket("engine"), self._pacer.end_of_step)
         self._thread = threading.Thread(target=self._run_loop, name="generation", daemon=True)
         self._thread.start()
 
@@ -151,17 +154,12 @@ class GenerationStep:
             del self._living[ticket.request_id]
 
     def _new_generation(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> Generation:
-        limits = self._run.settings.limits
-        pacing = Pacing(limits.coalesce_above, limits.coalesce_ms / 1000, self._live_streams)
         usage = RequestUsage(self._journal)
-        return Generation(ticket, prompt, prompt_text, sink, self._engine, usage, self._codec, pacing)
-
-    def _live_streams(self) -> int:
-        return sum(generation.streaming for generation in self._living.values())
+        return Generation(ticket, prompt, prompt_text, sink, self._engine, usage, self._codec, self._pacer)
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        for work in (self._engine.run(), self._listen(), self._report()):
+        for work in (self._engine.run(), self._pacer.run(), self._listen(), self._report()):
             self._loop.create_task(work).add_done_callback(_raise_fault)
         self._loop.run_forever()
 
@@ -211,7 +209,7 @@ class GenerationStep:
 
 
 def _raise_fault(task: asyncio.Task[None]) -> None:
-    """The three standing tasks never end; one that does is a fault, and a stub that can't serve must not stay."""
+    """The four standing tasks never end; one that does is a fault, and a stub that can't serve must not stay."""
     if not task.cancelled() and (error := task.exception()):
         log.critical("generation: a standing task ended", exc_info=error)
         os._exit(1)

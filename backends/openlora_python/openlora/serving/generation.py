@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,18 +13,17 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ..attribution.frames import STATUS_CANCELLED, STATUS_COMPLETE, STATUS_ERROR
+from ..attribution.frames import STATUS_CANCELLED, STATUS_COMPLETE, STATUS_ERROR, ProgressFrame
 from ..engine.api import EngineOutput, EngineRequest, TokenLogprob
 from ..engine.client import EngineClient
 from ..errors import DeadlineExceeded, Internal, NotAuthenticated, OpenLoRAError, from_message
 from .chunk import Chunk
+from .pacing import Pacer
 from .text import TextAssembler, TextCodec
 from .ticket import Ticket
 from .usage import RequestUsage
 
 ACK_SECONDS = 2.0  # attribution answers in a millisecond; a caller that is not the ensemble never does
-PROBE_SECONDS = 0.25  # how soon a gRPC cancel is seen while no response flows
-EMPTY_DELTA_SECONDS = 1.0  # over HTTP a disconnect shows only when bytes are written
 
 CANCELLED = "cancelled"
 
@@ -40,19 +40,6 @@ class Sink(Protocol):
     def finish(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Pacing:
-    """When tokens of a stream may wait for each other."""
-
-    coalesce_above: int
-    coalesce_seconds: float
-    live_streams: Callable[[], int]
-
-    def window(self) -> float:
-        """Seconds that a token may wait now."""
-        return self.coalesce_seconds if self.live_streams() > self.coalesce_above else 0.0
-
-
 @dataclass
 class _Pending:
     """What was made and not yet sent."""
@@ -60,16 +47,15 @@ class _Pending:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.token_ids or self.text)
+    since: float = math.inf  # when the oldest of it was made
 
 
 class Generation:
     """A state machine in the shape of a coroutine: hello → intent → engine → completion → last response.
 
     `run()` ends in exactly one FINAL on every path. Nothing is generated before the intent is durable, and the last
-    response leaves only when the completion is.
+    response leaves only when the completion is. While the engine runs, the coroutine sleeps: tokens are taken in by
+    `take` and sent by the pacer. Everything happens on one loop.
     """
 
     def __init__(
@@ -81,7 +67,7 @@ class Generation:
         engine: EngineClient,
         usage: RequestUsage,
         codec: TextCodec,
-        pacing: Pacing,
+        pacer: Pacer,
     ) -> None:
         self.ticket = ticket
         self._prompt = prompt
@@ -91,10 +77,11 @@ class Generation:
         self._engine = engine
         self._usage = usage
         self._codec = codec
-        self._pacing = pacing
+        self._pacer = pacer
         self._acked = asyncio.Event()
-        self._cancelled = asyncio.Event()
-        self._events: asyncio.Queue[EngineOutput | OpenLoRAError | str] = asyncio.Queue()
+        self._over = asyncio.Event()  # `_outcome` is set
+        self._outcome: str | OpenLoRAError = ""  # a finish reason, or what went wrong
+        self._engine_over = False  # its last output is here
         self._text = TextAssembler(
             codec,
             ticket.text.stop,
@@ -104,21 +91,21 @@ class Generation:
         self._pending = _Pending()
         self._index = 0  # of the next chunk
         self._sent_tokens = False
-        self._last_response = self._last_delta = time.monotonic()
         self._cumulative_logprob = 0.0
-        self.streaming = False
+        self.streaming = ticket.stream
+        self.deadline = math.inf
+        self.last_response = self.last_delta = time.monotonic()
 
     def acknowledge(self) -> None:
         self._acked.set()
 
     def cancel(self) -> None:
         """The client is gone or said stop. Safe at any time, any number of times."""
-        self._cancelled.set()
-        self._events.put_nowait(CANCELLED)
+        self._conclude(CANCELLED)
 
     def abort(self, error: OpenLoRAError) -> None:
         """Something that this request needs is gone."""
-        self._events.put_nowait(error)
+        self._conclude(error)
 
     async def run(self) -> None:
         """Answer the request; never raises."""
@@ -128,8 +115,7 @@ class Generation:
         except OpenLoRAError as error:
             await self._end_with(error)
         except Exception as error:  # a fault of ours must still answer the client
-            log.exception("request %s", self.ticket.request_id)
-            await self._end_with(Internal(f"{type(error).__name__}: {error}"))
+            await self._end_with(self._fault(error))
         finally:
             self._engine.release(self.ticket.request_id)
             self._sink.finish()
@@ -140,7 +126,7 @@ class Generation:
         Raises:
             NotAuthenticated: generation was called by itself.
         """
-        self._send(Chunk("hello", self.ticket.request_id, self._next_index()))
+        self._respond(Chunk("hello", self.ticket.request_id, self._next_index()))
         try:
             await asyncio.wait_for(self._acked.wait(), ACK_SECONDS)
         except TimeoutError:
@@ -149,74 +135,119 @@ class Generation:
             ) from None
 
     async def _generate(self) -> None:
-        deadline = time.monotonic() + self.ticket.timeout_ms / 1000
+        self.deadline = time.monotonic() + self.ticket.timeout_ms / 1000
         info = self._engine.require()
         await self._usage.begin(self.ticket, info, len(self._prompt), self._prompt_text)
-        finish_reason = CANCELLED if self._cancelled.is_set() else await self._run_engine(deadline)
+        finish_reason = await self._run_engine()
         self._take_text(self._text.finish())
         if self._text.stopped and finish_reason == "length":
             finish_reason = "stop"  # completed by the very last bytes
         status = STATUS_CANCELLED if finish_reason == CANCELLED else STATUS_COMPLETE
         seq = await self._usage.complete(status)
-        self.streaming = False
         self._flush("last", finish_reason=finish_reason, seq=seq)
 
-    async def _run_engine(self, deadline: float) -> str:
+    async def _run_engine(self) -> str:
+        """The finish reason, once the engine has nothing more to do for this request."""
         ticket = self.ticket
-        self.streaming = ticket.stream
-        sampling = msgspec.structs.replace(ticket.sampling, bad_words=self._codec.bad_word_ids(ticket.text.bad_words))
-        request = EngineRequest(ticket.request_id, self._prompt, ticket.adapters, sampling, ticket.priority)
-        await self._engine.submit(request, self._events)
-        while True:
-            event = await self._next_event(deadline)
-            if isinstance(event, EngineOutput):
-                finish_reason = await self._take_output(event)
-                if finish_reason:
-                    return finish_reason
-                self._flush_if_due()
-            elif event == CANCELLED:
+        if not self._over.is_set():
+            sampling = msgspec.structs.replace(
+                ticket.sampling, bad_words=self._codec.bad_word_ids(ticket.text.bad_words)
+            )
+            request = EngineRequest(
+                ticket.request_id,
+                self._prompt,
+                ticket.adapters,
+                sampling,
+                ticket.priority,
+                timeout=max(0.0, self.deadline - time.monotonic()),
+                cache_salt=ticket.cache_salt,
+            )
+            self._pacer.add(self)
+            try:
+                await self._engine.submit(request, self)
+                await self._over.wait()
+            finally:
+                self._pacer.remove(self)
+            if not self._engine_over:
                 await self._engine.cancel(ticket.request_id)
-                return CANCELLED
-            elif isinstance(event, OpenLoRAError):
-                raise event
+        if isinstance(self._outcome, OpenLoRAError):
+            raise self._outcome
+        return self._outcome
 
-    async def _next_event(self, deadline: float) -> EngineOutput | OpenLoRAError | str | None:
-        """The next word of engine or client; None when it was time to send something meanwhile."""
-        if not self._events.empty():
-            return self._events.get_nowait()
-        now = time.monotonic()
-        if now >= deadline:
-            await self._engine.cancel(self.ticket.request_id)
-            raise DeadlineExceeded(f"not finished in {self.ticket.timeout_ms} ms")
-        wake = min(deadline, self._last_response + PROBE_SECONDS)
-        if self._pending.text and self.streaming:
-            wake = min(wake, self._last_delta + self._pacing.window())
+    # --- while the engine runs: called by the engine's client and by the pacer, never raising -------------------------
+
+    def take(self, output: EngineOutput) -> None:
+        """Fold one step's tokens in."""
+        if self._over.is_set():
+            return
         try:
-            return await asyncio.wait_for(self._events.get(), max(0.0, wake - now))
-        except TimeoutError:
-            self._flush_if_due()
-            self._probe_if_due()
-            return None
-
-    async def _take_output(self, output: EngineOutput) -> str:
-        """Fold one step's tokens in; the finish reason once the request is over."""
-        self._fold(output)
+            self._fold(output)
+        except OpenLoRAError as error:
+            self.abort(error)
+        except Exception as error:  # of ours: it must end this request and no other
+            self.abort(self._fault(error))
+        self._engine_over = bool(output.finish_reason)
         if self._text.stopped:
-            if not output.finish_reason:
-                await self._engine.cancel(self.ticket.request_id)
-            return "stop"
-        if output.finish_reason == "error":
-            raise from_message(output.error)
-        return output.finish_reason
+            self._conclude("stop")
+        elif output.finish_reason == "error":
+            error = from_message(output.error)
+            self.abort(self._late() if isinstance(error, DeadlineExceeded) else error)
+        elif output.finish_reason:
+            self._conclude(output.finish_reason)
+        elif self.streaming:
+            self._pacer.hold(self)
+
+    def due(self, window: float) -> float:
+        pending = self._pending
+        if not self._sent_tokens:
+            return pending.since
+        return pending.since + window if pending.text else math.inf
+
+    def progress(self) -> ProgressFrame:
+        return self._usage.progress()
+
+    def send_delta(self) -> None:
+        self._guarded(self._flush, "delta")
+
+    def send_probe(self) -> None:
+        self._guarded(self._respond, Chunk("probe", self.ticket.request_id, self._next_index()))
+
+    def expire(self) -> None:
+        self.abort(self._late())
+
+    def _guarded(self, send: Callable[..., None], *arguments: Any) -> None:
+        try:
+            send(*arguments)
+        except Exception as error:  # of ours: it must end this request and no other
+            self.abort(self._fault(error))
+
+    def _conclude(self, outcome: str | OpenLoRAError) -> None:
+        """The first word counts."""
+        if not self._over.is_set():
+            self._outcome = outcome
+            self._over.set()
+            self._pacer.remove(self)
+
+    def _fault(self, error: Exception) -> OpenLoRAError:
+        log.error("request %s", self.ticket.request_id, exc_info=error)
+        return Internal(f"{type(error).__name__}: {error}")
+
+    def _late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"not finished in {self.ticket.timeout_ms} ms")
+
+    # --- tokens in, responses out -------------------------------------------------------------------------------------
 
     def _fold(self, output: EngineOutput) -> None:
         """Take tokens up to the one that completes a stop string; those behind it are nobody's."""
+        pending = self._pending
+        if output.token_ids and pending.since == math.inf:
+            pending.since = time.monotonic()
         hidden = len(output.token_ids) - 1 if self._hides_last(output) else -1
         for position, token_id in enumerate(output.token_ids):
-            self._pending.token_ids.append(token_id)
+            pending.token_ids.append(token_id)
             self._usage.count_token()
             if output.logprobs is not None:
-                self._pending.logprobs.append(output.logprobs[position])
+                pending.logprobs.append(output.logprobs[position])
                 self._cumulative_logprob += output.logprobs[position].logprob
             if position != hidden:
                 self._take_text(self._text.push(token_id))
@@ -224,35 +255,27 @@ class Generation:
                 return
 
     def _hides_last(self, output: EngineOutput) -> bool:
-        """EOS and stop tokens are billed and listed, and are no text."""
-        return output.finish_reason == "stop" and not self.ticket.text.include_stop
+        """EOS and stop tokens are billed and listed, and are no text. What completes a guide is."""
+        sampling = self.ticket.sampling
+        ended = output.finish_reason == "stop" and output.token_ids
+        return (
+            bool(ended)
+            and not self.ticket.text.include_stop
+            and (output.token_ids[-1] in sampling.eos_token_ids or output.token_ids[-1] in sampling.stop_token_ids)
+        )
 
     def _take_text(self, text: str) -> None:
         if text:
             self._pending.text.append(text)
             self._usage.add_text(text)
 
-    def _flush_if_due(self) -> None:
-        if not self.streaming:
-            return
-        now = time.monotonic()
-        waited = now - self._last_delta
-        first = bool(self._pending) and not self._sent_tokens
-        if first or (self._pending.text and waited >= self._pacing.window()) or waited >= EMPTY_DELTA_SECONDS:
-            self._usage.progress()
-            self._flush("delta")
-
-    def _probe_if_due(self) -> None:
-        if time.monotonic() - self._last_response >= PROBE_SECONDS:
-            self._send(Chunk("probe", self.ticket.request_id, self._next_index()))
-
     def _flush(self, kind: str, *, finish_reason: str = "", seq: int = -1) -> None:
         pending, self._pending = self._pending, _Pending()
         text, self._echo = self._echo + "".join(pending.text), ""
         self._sent_tokens = self._sent_tokens or bool(pending.token_ids) or kind == "last"
-        self._last_delta = time.monotonic()
+        self.last_delta = time.monotonic()
         wants_logprobs = self.ticket.sampling.logprobs is not None
-        self._send(
+        self._respond(
             Chunk(
                 kind,
                 self.ticket.request_id,
@@ -264,12 +287,13 @@ class Generation:
                 seq=seq,
                 logprobs=self._logprobs_json(pending.logprobs) if wants_logprobs else "",
                 cumulative_logprob=self._cumulative_logprob if wants_logprobs else None,
+                coalesced=kind == "delta" and self._pacer.coalescing,
             ),
             final=kind == "last",
         )
 
-    def _send(self, chunk: Chunk, *, final: bool = False) -> None:
-        self._last_response = time.monotonic()
+    def _respond(self, chunk: Chunk, *, final: bool = False) -> None:
+        self.last_response = time.monotonic()
         self._sink.send_chunk(chunk, final=final)
 
     def _next_index(self) -> int:

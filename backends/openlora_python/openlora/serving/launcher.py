@@ -216,7 +216,9 @@ class Launcher:
 
     def _engine_command(self) -> Command:
         engine, run = self._run.settings.engine, self._run
-        names = "dtype device quantization max_batch max_step_tokens kv_cache_tokens max_adapters max_rank"
+        names = (
+            "dtype device quantization max_batch max_step_tokens kv_cache_tokens max_adapters max_rank"
+        )
         config = EngineConfig(
             kind=engine.kind,
             model_dir=str(run.base.path),
@@ -227,8 +229,11 @@ class Launcher:
             threads=engine.threads,
             options={
                 "max_model_len": run.base.max_model_len,
+                "quantized_dir": str(run.state_dir / "quantized"),
                 # Generation counts, and refuses; of what it accepted the engine refuses nothing.
                 "max_waiting": engine.max_batch + engine.max_waiting,
+                "prefix_cache": engine.prefix_cache != "off",
+                "prefill_stretch": engine.prefill_stretch,
                 **{name: getattr(engine, name) for name in names.split()},
             },
         )

@@ -18,6 +18,7 @@ from ..engine.api import AdapterUse, Sampling
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument
 from .access import AccessPolicy
 from .adapter_spec import AdapterSpec, parse_adapters
+from .guides import GUIDE_TENSOR, TYPE_TENSOR, guide_of
 from .sampling_parameters import SamplingParameters, merge_sampling
 from .seal import Seal
 from .ticket import LIFETIME_SECONDS, TextOptions, Ticket, TicketOffice, text_digest
@@ -41,8 +42,6 @@ NEUTRAL = {
     "beam_width": (1,),
     "num_return_sequences": (1,),
     "length_penalty": (0.0, 1.0),
-    "guided_decoding_guide_type": ("",),
-    "guided_decoding_guide": ("",),
 }
 MAX_LABEL_BYTES = 256
 IGNORED_PARAMETERS = frozenset({"id"})  # the id of a generate body arrives as a parameter as well
@@ -103,6 +102,7 @@ class ResolverStep:
                 stream=bool(inputs.get("stream", False)),
                 timeout_ms=min(sampling.timeout_ms or self._limits.timeout_ms, self._limits.max_timeout_ms),
                 priority=max(sampling.priority, self._limits.highest_priority),
+                cache_salt="" if self._run.settings.engine.prefix_cache == "shared" else caller,
                 adapters=tuple(
                     AdapterUse(record.digest, str(self._run.adapter_cache / record.digest), spec.weight)
                     for spec, record in records
@@ -156,6 +156,7 @@ class ResolverStep:
             eos_token_ids=() if sampling.ignore_eos else self._run.base.eos_token_ids,
             stop_token_ids=sampling.stop_token_ids or (),
             logprobs=logprobs,
+            guide=guide_of(_optional_text(inputs, TYPE_TENSOR), _optional_text(inputs, GUIDE_TENSOR), sampling),
         )
 
     def _asked_for(self, inputs: dict[str, Any], sampling: SamplingParameters) -> tuple[AdapterSpec, ...]:

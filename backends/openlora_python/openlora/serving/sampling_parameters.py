@@ -51,6 +51,8 @@ class SamplingParameters(BaseModel):
     bad_words: Words | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    structured_outputs: dict[str, Any] | None = None  # both judged by `guides`
+    response_format: dict[str, Any] | None = None
     logprobs: Annotated[int | None, BeforeValidator(_no_bool)] = Field(default=None, ge=0, le=MAX_LOGPROBS)
     skip_special_tokens: bool = True
     add_special_tokens: bool = True

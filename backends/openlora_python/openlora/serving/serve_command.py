@@ -39,7 +39,9 @@ def serve(
     gateway_port: Annotated[int | None, typer.Option(help="OpenAI-compatible gateway. Default 9000")] = None,
     engine: Annotated[str | None, typer.Option(help="torch")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16")] = None,
-    quantization: Annotated[str | None, typer.Option(help="none")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="none, int8 (weights and activations) or int8-weight-only")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the server is ready; it goes on.")] = False,
 ) -> None:
     """Serve a base model and its adapters until stopped."""

@@ -39,6 +39,7 @@ class Ticket(msgspec.Struct, frozen=True):
     stream: bool = False
     timeout_ms: int = 120_000
     priority: int = 0
+    cache_salt: str = ""  # who may use what this prompt leaves in the prefix cache: all with the same one
     adapters: tuple[AdapterUse, ...] = ()
     sampling: Sampling = Sampling()
     text: TextOptions = TextOptions()

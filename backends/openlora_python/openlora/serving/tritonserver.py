@@ -89,6 +89,7 @@ def server_command(install: TritonInstall, run: RunConfig, backends: Path, shm_p
         "--model-control-mode=none",
         "--disable-auto-complete-config",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        "--backend-config=python,thread-pool-size=2",  # of responses in flight; its own 40 only wake each other
         f"--http-restricted-api={CLOSED_APIS},model-config:{closed}",
         # perf_analyzer cannot work without ModelConfig over gRPC; ours holds no parameters, only the committed text.
         f"--grpc-restricted-protocol={CLOSED_APIS}:{closed}",

@@ -56,9 +56,9 @@ class RequestUsage:
     def add_text(self, text: str) -> None:
         self._output.update(text.encode())
 
-    def progress(self) -> None:
-        """Say what is about to be sent: should we be killed after it, the receipt still counts it."""
-        self._journal.append_progress([ProgressFrame(self._request_id, self._out_tokens, self._output.digest())])
+    def progress(self) -> ProgressFrame:
+        """What is about to be sent: in the journal before it leaves, so that a killed answer's receipt counts it."""
+        return ProgressFrame(self._request_id, self._out_tokens, self._output.digest())
 
     async def complete(self, status: int) -> int:
         """Write the completion; its number, once it is on disk."""
