@@ -7,11 +7,17 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup demo serve test soak bench bench-peers clean
 
-setup: $(VENV)/installed
+KERNELS := backends/openlora_python/openlora/engine/kernels
+
+setup: $(VENV)/installed $(KERNELS)/native.so
 
 # torch first and by itself, so that nothing pulls another build of it.
 $(VENV)/installed: requirements.lock pyproject.toml build_scripts/setup.sh
 	PYTHON="$(PYTHON)" bash build_scripts/setup.sh $(VENV)
+
+# For this CPU. Without a compiler everything works, but several times slower: the engine says so when it starts.
+$(KERNELS)/native.so: $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) $(KERNELS)/build.py $(VENV)/installed
+	$(BIN)/python -m openlora.engine.kernels.build || echo "setup: without native kernels" >&2
 
 demo: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo

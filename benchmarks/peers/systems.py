@@ -77,18 +77,17 @@ class System:
     variables: dict[str, str] = field(default_factory=dict)
 
 
-_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 _WITHOUT, _WITH = (BASE, PREFILL), (LOADED, IDENTICAL, DISTINCT)
 
 OURS, OURS_LORA, OURS_INT8 = "openlora", "openlora+lora", "openlora int8"
 VLLM, VLLM_LORA = ("vllm eager", "vllm compiled"), ("vllm+lora eager", "vllm+lora compiled")
 
-_OURS = System(OURS, "openlora", _WITHOUT, options={"quantization": "none"}, variables=_PASSIVE)
+_OURS = System(OURS, "openlora", _WITHOUT, options={"quantization": "none"})
 
 GROUPS = (
     (
         _OURS,
-        System(OURS_INT8, "openlora", _WITHOUT, options={"quantization": "int8"}, variables=_PASSIVE),
+        System(OURS_INT8, "openlora", _WITHOUT, options={"quantization": "int8"}),
         System(VLLM[0], "vllm", _WITHOUT, "vllm", options={"eager": True}),
         System(VLLM[1], "vllm", _WITHOUT, "vllm", options={"eager": False}),
         System("transformers", "transformers", _WITHOUT, options={"continuous": False}),
@@ -96,8 +95,7 @@ GROUPS = (
     ),
     (
         _OURS,
-        System(OURS_LORA, "openlora", (*_WITH, RANK8, MIXED), ranks=(RANK, 8, 64), options={"quantization": "none"},
-               variables=_PASSIVE),
+        System(OURS_LORA, "openlora", (*_WITH, RANK8, MIXED), ranks=(RANK, 8, 64), options={"quantization": "none"}),
         System(VLLM_LORA[0], "vllm", _WITH, "vllm", (RANK,), {"eager": True}),
         System(VLLM_LORA[1], "vllm", _WITH, "vllm", (RANK,), {"eager": False}),
         System("peft", "peft", _WITH, ranks=(RANK,)),

@@ -1,8 +1,8 @@
 """Our engine in process. Options: `quantization`, and `quantized_dir` where quantized weights are kept.
 
 What was chosen: the engine's settings are those of a server with nothing set, but for the context (no longer than the
-work needs, as for vLLM); OpenMP threads sleep when idle (`OMP_WAIT_POLICY=PASSIVE`, set by the driver), as in our
-engine process. All adapters are resident before the first job.
+work needs, as for vLLM); OpenMP threads wait as their library likes, as transformers' and PEFT's do. All
+adapters are resident before the first job.
 """
 
 from __future__ import annotations

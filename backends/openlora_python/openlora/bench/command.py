@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -42,13 +41,9 @@ def bench(
     """Measure the engine in this process: tokens per second, time to first token, time between tokens, memory.
 
     The workloads take turns, so that what changes on the machine meanwhile touches all of them. Start-up, and the
-    loading of adapters, are not in the figures. The engine's threads wait as they do in a server, asleep
-    (OMP_WAIT_POLICY=PASSIVE, unless the variable says otherwise).
+    loading of adapters, are not in the figures. The engine's threads wait for their next piece of work as the OpenMP
+    library likes, spinning for a few milliseconds; in a server, where others want the cores, for a tenth of that.
     """
-    # Read by the OpenMP library when torch is first imported: nothing above this line does that. Spinning (ACTIVE) is
-    # not only unlike a server, where others want the cores, but slower: two thirds of the rate on 2 cores, since the
-    # threads that loaded the model spin against those of the step loop.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .measure import Workload, measure
     from .report import table_of
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .api import Sampling
-from .noise import gumbel_noise_at, noisy_argmax
+from .noise import gumbel_noise, gumbel_noise_at
 
 _CHUNKS_PER_K = 8
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -40,15 +40,15 @@ def draw(scores: np.ndarray, settings: Sequence[Sampling], positions: Sequence[i
         with np.errstate(over="ignore"):
             scores /= temperatures[:, None]
     vocab = scores.shape[1]
-    filtered = [one.min_p > 0 or one.top_p < 1 or 0 < one.top_k < vocab for one in settings]
+    filtered = np.array([one.min_p > 0 or one.top_p < 1 or 0 < one.top_k < vocab for one in settings])
     token_ids = np.empty(len(settings), dtype=np.int64)
-    for row in np.flatnonzero(~np.array(filtered)):
-        token_ids[row] = noisy_argmax(scores[row], settings[row].seed, positions[row])
+    for row in np.flatnonzero(~filtered):
+        token_ids[row] = (scores[row] + gumbel_noise(settings[row].seed, positions[row], vocab)).argmax()
     rows = np.flatnonzero(filtered)
     if len(rows):
         chosen = [settings[row] for row in rows]
         kept = filter_scores(
-            scores if len(rows) == len(settings) else scores[rows],
+            scores if len(rows) == len(scores) else scores[rows],
             min_p=[one.min_p for one in chosen],
             top_k=[one.top_k for one in chosen],
             top_p=[one.top_p for one in chosen],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import sys
 import time
 from collections.abc import Callable
@@ -38,9 +39,10 @@ class EngineHost:
         self._status = context.socket(zmq.PUSH)
         self._status.setsockopt(zmq.LINGER, 0)
         self._status.connect(config.status_socket)
-        self._made = context.socket(zmq.PULL)  # from the engine's own thread
-        self._made.setsockopt(zmq.RCVHWM, 0)
-        self._made.bind("inproc://made")
+        self._made: queue.SimpleQueue[list[EngineOutput]] = queue.SimpleQueue()  # by the engine's own thread
+        self._news = context.socket(zmq.PULL)  # a word for each entry of that queue
+        self._news.setsockopt(zmq.RCVHWM, 0)
+        self._news.bind("inproc://made")
         self._context = context
         self._owners: dict[str, bytes] = {}  # request id -> client
         self._client_pids: dict[int, tuple[int, bytes]] = {}  # pidfd -> (pid, client)
@@ -50,7 +52,7 @@ class EngineHost:
         self._engine.start(self._emitter())
         poller = zmq.Poller()
         poller.register(self._clients, zmq.POLLIN)
-        poller.register(self._made, zmq.POLLIN)
+        poller.register(self._news, zmq.POLLIN)
         next_report = 0.0
         while True:
             if time.monotonic() >= next_report:
@@ -60,8 +62,9 @@ class EngineHost:
                 if source is self._clients:
                     client, message = self._clients.recv_multipart()
                     self._take(client, self._decoder.decode(message), poller)
-                elif source is self._made:
-                    self._deliver(msgspec.msgpack.decode(self._made.recv(), type=list[EngineOutput]))
+                elif source is self._news:
+                    self._news.recv()
+                    self._deliver(self._made.get())
                 else:
                     self._forget(source, poller)
 
@@ -75,7 +78,8 @@ class EngineHost:
                 socket.setsockopt(zmq.SNDHWM, 0)
                 socket.connect("inproc://made")
                 sockets.append(socket)
-            sockets[0].send(self._encoder.encode(outputs))
+            self._made.put(outputs)
+            sockets[0].send(b"")
 
         return emit
 

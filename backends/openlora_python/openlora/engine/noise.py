@@ -23,25 +23,9 @@ _WORDS_PER_CALL = 64_000
 
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> np.ndarray:
     """The noise of every token, `[vocab]` float64."""
-    return _gumbel(_all_words(seed, position, vocab_size))
-
-
-def noisy_argmax(scores: np.ndarray, seed: int, position: int) -> int:
-    """argmax(scores + noise) for `scores` `[vocab]` float32, the largest of them 0.
-
-    Logarithms are taken only for tokens that may win. Token t does when Eₜ/pₜ is smallest, with E = −log u and
-    p = exp(score); E is at least 1 − u, whose first 24 bits bound it from both sides.
-    """
-    words = _all_words(seed, position, len(scores))
-    first = (~_halves(words)[..., 1] >> np.uint32(8)).view(np.int32)  # 24 bits; numpy's 64-bit shifts are slow
-    missing = first.astype(np.float32) * np.float32(2.0**-24)  # ≤ 1 − u < missing + 2⁻²⁴
-    with np.errstate(over="ignore", invalid="ignore"):  # a token so unlikely that 1/p is infinite can't win
-        inverse = np.exp(-scores)
-        least = missing * inverse
-        likely = np.argmin(least + inverse * np.float32(2.0**-24))
-        bound = np.exp(-np.float64(scores[likely]) - _gumbel(words[likely]))  # its E/p
-        candidates = np.flatnonzero(least <= bound * (1 + 1e-5))  # float32 rounds
-    return int(candidates[(scores[candidates] + _gumbel(words[candidates])).argmax()])
+    # Position sits in the second word: the generator itself counts in the first.
+    generator = np.random.Philox(key=seed, counter=np.array([0, position, 0, 0], dtype=np.uint64))
+    return _gumbel(generator.random_raw(vocab_size))
 
 
 def gumbel_noise_at(
@@ -86,12 +70,6 @@ def _halves(words: np.ndarray) -> np.ndarray:
     """Low and high half of each word, `[…, 2]` uint32."""
     little_endian = words.astype("<u8", order="C", copy=False)
     return little_endian.view("<u4").reshape(*words.shape, 2)
-
-
-def _all_words(seed: int, position: int, vocab_size: int) -> np.ndarray:
-    # Position sits in the second word: the generator itself counts in the first.
-    generator = np.random.Philox(key=seed, counter=np.array([0, position, 0, 0], dtype=np.uint64))
-    return generator.random_raw(vocab_size)
 
 
 def _gumbel(words: np.ndarray) -> np.ndarray:

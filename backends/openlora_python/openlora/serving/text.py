@@ -64,7 +64,7 @@ class TextAssembler:
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)  # empty: seeding could leak the prompt
         self._ids: list[int] = []
         self._begin = 0  # the id from which `_decoded` counts
-        self._decoded = ""  # text since then, released or held
+        self._decoded: list[str] = []  # text since then, released or held, piece by piece
         self._next = 0  # the first id that has given no text yet
         self._held = ""
         self.stopped = False
@@ -84,14 +84,16 @@ class TextAssembler:
 
     def _release(self, piece: str) -> str:
         """What may be shown of the held text and `piece`; of several stop strings the one that ends first counts."""
-        self._decoded += piece
+        self._decoded.append(piece)
+        if not self._stop:
+            return piece
         self._held += piece
         if found := [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]:
             end, begin = min(found)
             self.stopped = True
             released, self._held = self._held[: end if self._include_stop else begin], ""
             return released
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max(_overlap(self._held, stop) for stop in self._stop)
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return released
 
@@ -104,7 +106,7 @@ class TextAssembler:
             if "Invalid prefix" not in str(error):
                 raise Internal(f"token {token_id} can't be decoded: {error}") from error
             # The decoder rewrote text that is out already (a run of byte tokens turned invalid): go on behind it.
-            self._begin, self._decoded = self._next, ""
+            self._begin, self._decoded = self._next, []
             self._stream = DecodeStream(ids=self._ids[self._begin :], skip_special_tokens=self._skip_special)
             piece = self._rest()
         if piece:
@@ -113,8 +115,8 @@ class TextAssembler:
 
     def _rest(self) -> str:
         """Text of the ids so far that was not given out yet."""
-        whole = self._decode(self._begin)
-        return whole[len(self._decoded) :] if whole.startswith(self._decoded) else self._decode(self._next)
+        whole, known = self._decode(self._begin), "".join(self._decoded)
+        return whole[len(known) :] if whole.startswith(known) else self._decode(self._next)
 
     def _decode(self, begin: int) -> str:
         return _guarded(self._tokenizer.decode, self._ids[begin:], skip_special_tokens=self._skip_special)

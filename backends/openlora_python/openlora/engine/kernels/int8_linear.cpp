@@ -26,6 +26,7 @@ namespace {
 
 constexpr int PANEL = 2 * LANES;  // channels
 constexpr int GROUP = 4;          // products that a 32-bit lane adds up
+constexpr int64_t PARALLEL_ELEMENTS = 1 << 16;  // below, a second thread costs more than it saves
 constexpr int ROWS = 8;           // rows of integers times a panel at once: 16 sums, enough to hide their latency
 
 template <int PARTS>
@@ -181,12 +182,12 @@ void linear(const T* input, int64_t input_stride, const uint8_t* weight, const f
     std::unique_ptr<int8_t[]> rows(new int8_t[tokens * PARTS * padded]);
     std::unique_ptr<int32_t[]> starts(new int32_t[tokens * PARTS]);
     std::unique_ptr<float[]> token_scales(new float[tokens]);
+#pragma omp parallel for num_threads(threads) if (tokens * features >= PARALLEL_ELEMENTS)
+    for (int64_t token = 0; token < tokens; token++)
+        quantize<T, PARTS>(input + token * input_stride, features, padded, &rows[token * PARTS * padded],
+                           &token_scales[token], &starts[token * PARTS]);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; token++)
-            quantize<T, PARTS>(input + token * input_stride, features, padded, &rows[token * PARTS * padded],
-                               &token_scales[token], &starts[token * PARTS]);
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         const int64_t last = panels * (thread + 1) / team;
         for (int64_t index = panels * thread / team; index < last; index++) {

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int VECTORS = 2;  // of a panel
 constexpr int WIDTH = VECTORS * LANES;
+constexpr int64_t BLOCK = 120;  // rows: their inputs stay in the cache while all weights pass by
 constexpr int MOST_ROWS = 12;  // 24 sums, 2 weights and 1 input fill the 32 registers
 
 // What one lane of a weight vector holds: one input of float, two of bf16.
@@ -80,24 +81,25 @@ void linear(const T* input, int64_t stride, const T* weight, const float* bias, 
             int64_t rows, int64_t features, int64_t columns, int threads) {
     const int64_t inputs = features / Inputs<T>::COUNT, panels = (columns + WIDTH - 1) / WIDTH;
     const int64_t size = features * WIDTH;  // of a panel, in elements
-    const int64_t passes = (rows + MOST_ROWS - 1) / MOST_ROWS;
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         const int64_t first = panels * thread / team, last = panels * (thread + 1) / team;
-        for (int64_t p = first; p < last; p++) {
-            const T* panel = weight + p * size;
-            // The next panel arrives from memory while this one is computed with: a share in each pass.
-            const int64_t lines = p + 1 < last ? size * int64_t(sizeof(T)) / 64 : 0;
-            for (int64_t pass = 0; pass < passes; pass++) {
-                const int64_t row = rows * pass / passes, count = rows * (pass + 1) / passes - row;
-                const int64_t from = lines * pass / passes, to = lines * (pass + 1) / passes;
-                KERNELS<T>[count](input + row * stride, stride, panel, inputs, bias ? bias + p * WIDTH : nullptr,
-                                  output + row * output_stride + p * WIDTH, output_stride,
-                                  std::min<int64_t>(WIDTH, columns - p * WIDTH), (const char*)(panel + size) + 64 * from,
-                                  to - from);
+        for (int64_t start = 0; start < rows; start += BLOCK)
+            for (int64_t p = first; p < last; p++) {
+                const T* panel = weight + p * size;
+                const int64_t some = std::min(BLOCK, rows - start), passes = (some + MOST_ROWS - 1) / MOST_ROWS;
+                // The next panel arrives from memory while this one is computed with: a share in each pass.
+                const int64_t lines = p + 1 < last ? size * int64_t(sizeof(T)) / 64 : 0;
+                for (int64_t pass = 0; pass < passes; pass++) {
+                    const int64_t row = start + some * pass / passes, count = start + some * (pass + 1) / passes - row;
+                    const int64_t from = lines * pass / passes, to = lines * (pass + 1) / passes;
+                    KERNELS<T>[count](input + row * stride, stride, panel, inputs, bias ? bias + p * WIDTH : nullptr,
+                                      output + row * output_stride + p * WIDTH, output_stride,
+                                      std::min<int64_t>(WIDTH, columns - p * WIDTH),
+                                      (const char*)(panel + size) + 64 * from, to - from);
+                }
             }
-        }
     }
 }
 

@@ -34,7 +34,7 @@ namespace {
 constexpr int TOKENS = 4;  // of a tile of the shrink
 constexpr int RANKS = 4;
 constexpr int STREAM_RANKS = 8;  // of a tile of one token: enough loads in flight to follow memory
-constexpr int BAND = 32;         // tokens of a piece of work: A is read once for so many
+constexpr int BAND = 32;         // tokens of a piece of work: A and B are read once for so many
 constexpr int VECTORS = 4;       // of a strip
 constexpr int STRIP = VECTORS * LANES;
 constexpr int AHEAD = 4;  // strips: memory answers after about as long as four take
@@ -203,11 +203,14 @@ void apply(const T* input, int64_t input_stride, T* output, int64_t output_strid
                 // Each thread has its columns: tokens of several segments add up in the order of the segments.
                 const int64_t all = (pair.columns + STRIP - 1) / STRIP;
                 const int64_t first = all * thread / team, last = all * (thread + 1) / team;
-                if (first < last)
-                    strips.push_back({shrunk, ranks, output + segment.start * output_stride + pair.column, tokens, first,
-                                      last, pair.columns});
-                for (int64_t c = first; c < last; c++)
-                    order.push_back((const T*)pair.b + c * ranks * STRIP * Shrunk<T>::RANKS);
+                for (int t = 0; t < tokens; t += BAND) {
+                    if (first < last)
+                        strips.push_back({shrunk + t * ranks, ranks,
+                                          output + (segment.start + t) * output_stride + pair.column,
+                                          std::min(BAND, tokens - t), first, last, pair.columns});
+                    for (int64_t c = first; c < last; c++)
+                        order.push_back((const T*)pair.b + c * ranks * STRIP * Shrunk<T>::RANKS);
+                }
                 shrunk += tokens * ranks;
             }
         }
