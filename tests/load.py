@@ -47,6 +47,7 @@ class Outcome:
     ended_at: float = 0.0  # when the last word came
     request_id: str = ""  # the server's, on its first response
     chunks: int = 0  # responses with outputs
+    first_tokens: int = 0  # in the first of them
     tokens: int = 0
     text: str = ""
     finish_reason: str = ""
@@ -65,7 +66,10 @@ class Outcome:
             return
         self.chunks += 1
         self.request_id = _text(result, "request_id") or self.request_id
-        self.tokens += len(result.as_numpy("token_ids").reshape(-1))
+        tokens = len(result.as_numpy("token_ids").reshape(-1))
+        if self.chunks == 1:
+            self.first_tokens = tokens
+        self.tokens += tokens
         self.text += _text(result, "text_output")
         self.finish_reason = _text(result, "finish_reason")
         if receipt := _text(result, "receipt"):

@@ -103,12 +103,13 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "sequences": ({"num_return_sequences": 2}, "num_return_sequences: not supported, only 1 is taken, got 2"),
     "length_penalty": ({"length_penalty": 0.5}, "length_penalty: not supported, only 0.0 is taken, got 0.5"),
     "guide type": (
-        {"guided_decoding_guide_type": "json"},
-        "guided_decoding_guide_type: not supported, only '' is taken, got 'json'",
+        {"guided_decoding_guide_type": "structural_tag"},
+        "guided_decoding_guide_type: 'structural_tag' is unknown, "
+        "one of json, json_schema, regex, ebnf_grammar is right",
     ),
     "guide text": (
         {"guided_decoding_guide": "{}"},
-        "guided_decoding_guide: not supported, only '' is taken, got '{}'",
+        "guided_decoding_guide_type: '' is unknown, one of json, json_schema, regex, ebnf_grammar is right",
     ),
     "end_id": ({"end_id": 5}, "end_id: the model ends with [1], got 5; use stop_token_ids"),
     # too long before anything is looked at

@@ -47,10 +47,11 @@ class Bench:
         self.short, self.long = sentence, sentence * (1800 // len(codec.encode(sentence)))
 
     def question(self, phase: str) -> Question:
-        """A request that is still in its phase when its client leaves."""
-        prompt, tokens = (self.long, 200) if phase == "prefill" else (self.short, LONG)
+        """A request that is still in its phase when its client leaves. No prefix of a long prompt is in the cache."""
+        name = next(self._names)
+        prompt, tokens = (f"{name}. {self.long}", 200) if phase == "prefill" else (self.short, LONG)
         sampling = {"ignore_eos": True, "temperature": 0, "max_tokens": tokens}
-        return Question(prompt, None, phase != "not streamed", sampling, f"victim-{next(self._names)}")
+        return Question(prompt, None, phase != "not streamed", sampling, f"victim-{name}")
 
     def other(self, *, stream: bool, tokens: int = 2) -> Question:
         sampling = {"ignore_eos": True, "temperature": 0, "max_tokens": tokens}

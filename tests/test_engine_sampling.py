@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from openlora.engine.api import Sampling
-from openlora.engine.sampling import SamplingState, filter_scores, gumbel_noise, sample
+from openlora.engine.draws import Kept, filter_scores
+from openlora.engine.noise import gumbel_noise, gumbel_noise_at, philox_words
+from openlora.engine.sampling import SamplingState, sample
 from openlora.errors import InvalidArgument, NotFinite
 
 VOCAB = 97
-CPU = torch.device("cpu")
 OFF = {"min_p": [0.0], "top_k": [0], "top_p": [1.0]}
 
 
@@ -32,14 +33,20 @@ def logits_of(seed: int, rows: int = 1) -> torch.Tensor:
 
 
 def state_of(prompt=(), output=(), **settings) -> SamplingState:
-    state = SamplingState(Sampling(**{"temperature": 0.0, **settings}), prompt, VOCAB, CPU)
+    state = SamplingState(Sampling(**{"temperature": 0.0, **settings}), prompt)
     for token in output:
         state.append(token)
     return state
 
 
-def kept(scores: torch.Tensor) -> set[int]:
-    return set(torch.isfinite(scores[0]).nonzero().flatten().tolist())
+def kept(scores: torch.Tensor | Kept, row: int = 0) -> set[int]:
+    if isinstance(scores, Kept):
+        return set(scores.token_ids[row, np.isfinite(scores.scores[row])].tolist())
+    return set(torch.isfinite(scores[row]).nonzero().flatten().tolist())
+
+
+def filtered(logits: torch.Tensor, **settings) -> Kept:
+    return filter_scores((logits - logits.amax(-1, keepdim=True)).numpy(), **settings)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -47,7 +54,7 @@ def kept(scores: torch.Tensor) -> set[int]:
 def test_top_k_keeps_what_transformers_keeps(seed, value):
     logits = logits_of(seed)
     expected = TopKLogitsWarper(value)(None, logits)
-    assert kept(filter_scores(logits, **{**OFF, "top_k": [value]})) == kept(expected)
+    assert kept(filtered(logits, **{**OFF, "top_k": [value]})) == kept(expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -55,7 +62,7 @@ def test_top_k_keeps_what_transformers_keeps(seed, value):
 def test_top_p_keeps_what_transformers_keeps(seed, value):
     logits = logits_of(seed)
     expected = TopPLogitsWarper(value)(None, logits)
-    assert kept(filter_scores(logits, **{**OFF, "top_p": [value]})) == kept(expected)
+    assert kept(filtered(logits, **{**OFF, "top_p": [value]})) == kept(expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,14 +70,14 @@ def test_top_p_keeps_what_transformers_keeps(seed, value):
 def test_min_p_keeps_what_transformers_keeps(seed, value):
     logits = logits_of(seed)
     expected = MinPLogitsWarper(value)(None, logits)
-    assert kept(filter_scores(logits, **{**OFF, "min_p": [value]})) == kept(expected)
+    assert kept(filtered(logits, **{**OFF, "min_p": [value]})) == kept(expected)
 
 
 def test_filters_work_in_order_and_row_by_row():
     """min_p, then top_k, then top_p over what is left; each row has its own values, the whole row when off."""
     logits = logits_of(9, rows=4)
     settings = {"min_p": [0.0, 0.02, 0.0, 0.001], "top_k": [0, 10, 0, 20], "top_p": [1.0, 0.8, 0.3, 1.0]}
-    found = filter_scores(logits, **settings)
+    found = filtered(logits, **settings)
     for row in range(4):
         expected = logits[row : row + 1]
         if settings["min_p"][row]:
@@ -79,10 +86,9 @@ def test_filters_work_in_order_and_row_by_row():
             expected = TopKLogitsWarper(settings["top_k"][row])(None, expected)
         if settings["top_p"][row] < 1:
             expected = TopPLogitsWarper(settings["top_p"][row])(None, expected)
-        assert kept(found[row : row + 1]) == kept(expected)
-        assert kept(filter_scores(logits[row : row + 1], **{k: v[row : row + 1] for k, v in settings.items()})) == kept(
-            expected
-        )
+        assert kept(found, row) == kept(expected)
+        alone = filtered(logits[row : row + 1], **{name: values[row : row + 1] for name, values in settings.items()})
+        assert kept(alone) == kept(expected)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
@@ -213,6 +219,53 @@ def test_the_noise_is_gumbel_and_the_same_everywhere():
     assert np.isfinite(noise).all()
     assert noise.mean() == pytest.approx(0.5772, abs=0.01)
     assert noise.std() == pytest.approx(math.pi / math.sqrt(6), abs=0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_noise_of_chosen_tokens_is_the_same_noise(rows):
+    """Computed for them alone, where they are few, or for the whole row."""
+    generator = np.random.default_rng(rows)
+    vocab = 30_000
+    seeds = [0, 2**64 - 1, *generator.integers(2**64, size=rows, dtype=np.uint64).tolist()][:rows]
+    positions = generator.integers(100_000, size=rows).tolist()
+    for count in (1, 7, 3000):
+        ids = [np.sort(generator.choice(vocab, count, replace=False)) for _ in seeds]
+        row_of = np.repeat(np.arange(rows), count)
+        found = gumbel_noise_at(seeds, positions, row_of, np.concatenate(ids), vocab)
+        whole = [gumbel_noise(seed, at, vocab)[mine] for seed, at, mine in zip(seeds, positions, ids, strict=True)]
+        assert np.array_equal(found, np.concatenate(whole))
+
+
+def test_words_of_chosen_tokens_are_those_of_numpys_generator():
+    ids = np.array([0, 1, 2, 3, 4, 5, 4095, 131_071, 262_143])
+    for seed, position in [(0, 0), (2**64 - 1, 2**31), (12345, 1)]:
+        generator = np.random.Philox(key=seed, counter=np.array([0, position, 0, 0], dtype=np.uint64))
+        expected = generator.random_raw(262_144)[ids]
+        same = np.full(len(ids), seed, np.uint64), np.full(len(ids), position, np.uint64)
+        assert np.array_equal(philox_words(*same, ids), expected)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 12.0])
+def test_filters_over_a_large_vocabulary_keep_what_transformers_keeps(spread):
+    """From all tokens alike to one above all; the thresholds that drop the hopeless ones lose nothing."""
+    rows, vocab = 8, 20_000
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)) * spread
+    for top_k in (0, 1, 40, 5000):
+        found = filtered(logits, min_p=[0.0] * rows, top_k=[top_k] * rows, top_p=[1.0] * rows)
+        expected = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+        assert all(kept(found, row) == kept(expected, row) for row in range(rows))
+    for top_p in (0.05, 0.9, 0.999):
+        sizes = [len(kept(filtered(logits, min_p=[0.0] * rows, top_k=[0] * rows, top_p=[top_p] * rows), row))
+                 for row in range(rows)]  # fmt: skip
+        ordered = logits.double().softmax(-1).sort(dim=-1, descending=True).values.cumsum(-1)
+        expected_sizes = [(row < top_p).sum().item() + 1 for row in ordered]
+        assert sizes == pytest.approx(expected_sizes, abs=1)  # float32 sums on their side of the last token
+
+
+def test_ties_are_kept_by_token_id():
+    logits = torch.zeros(1, VOCAB)
+    assert kept(filtered(logits, **{**OFF, "top_p": [10.5 / VOCAB]})) == set(range(11))
+    assert kept(filtered(logits, **{**OFF, "top_k": [3]})) == set(range(VOCAB))
 
 
 def test_tiny_temperatures_approach_greedy_without_overflow():

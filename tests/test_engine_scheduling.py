@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, Engine, digest_of, make_adapter, make_model, make_prompt, use
+from scheduler_run import SchedulerRun
+from tiny_models import VOCAB, Engine, make_adapter, make_model, make_prompt, use
 
+from openlora.engine import torch_engine
 from openlora.engine.api import EngineOutput
-from openlora.engine.lora import LoraPair
+from openlora.engine.fair_turns import flow_of
+from openlora.engine.scheduler import Sequence
+from openlora.engine.step_budget import StepBudget, StepLoad, StepTimes
 from openlora.errors import InvalidArgument
 
 PROMPT = make_prompt(1, 20)
@@ -268,6 +276,185 @@ def test_a_large_request_gets_its_blocks_although_small_ones_keep_coming(model_d
         engine.assert_nothing_held()
 
 
+def test_one_hot_adapter_does_not_hold_up_the_others():
+    """A hundred requests of one adapter wait; the first of any other adapter is next all the same."""
+    run = SchedulerRun(max_batch=2, max_adapters=4)
+    hot = [run.add([1, 2, 3], ["hot"]) for _ in range(100)]
+    run.step()
+    cold = [run.add([1, 2, 3], uses) for uses in (["a"], ["b"], [], ["a", "hot"])]
+    again = run.add([1, 2, 3], ["a"])
+    run.finish()
+    order = [sequence for _, sequence in run.admitted]
+    assert order[:2] == hot[:2]
+    assert set(cold) < set(order[2:8])
+    assert again in order[8:12]
+
+
+def test_more_adapters_than_slots():
+    """Two slots, six adapters, forty requests of each: none of them waits longer than the bound."""
+    run = SchedulerRun(max_batch=4, max_adapters=2)
+    for number in range(40):
+        for adapter in "abcdef":
+            run.add([1] * (1 + number % 5), [adapter], max_tokens=1 + number % 3)
+    run.finish()
+    assert len(run.ended) == 240
+    assert all(passed <= bound for passed, bound in passed_and_bound(run))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.sampled_from("abcd"), max_size=2, unique=True), st.integers(1, 12)),
+        max_size=60,
+    ),
+    st.integers(1, 3),
+    st.integers(8, 40),
+)
+@settings(max_examples=150, deadline=None)
+def test_nobody_is_passed_more_often_than_the_bound(arrivals, max_batch, blocks):
+    """The bound that the docstring of `Scheduler` states."""
+    run = SchedulerRun(max_batch=max_batch, max_adapters=2, blocks=blocks)
+    for steps, adapters, length in arrivals:
+        for _ in range(steps):
+            if run.scheduler.waiting or run.scheduler.running:
+                run.step()
+        run.add([1] * length, adapters, max_tokens=length)
+    run.finish()
+    assert all(passed <= bound for passed, bound in passed_and_bound(run))
+
+
+def passed_and_bound(run: SchedulerRun) -> list[tuple[int, int]]:
+    """For each request: how many that arrived later were admitted first, and how many may be at most."""
+    first: dict[Sequence, int] = {}
+    for position, (_, sequence) in enumerate(run.admitted):
+        first.setdefault(sequence, position)
+    ordered = sorted(first, key=lambda sequence: sequence.arrival)
+    found = []
+    for sequence in ordered:
+        flow = flow_of(sequence.request)
+        earlier = ordered[: sequence.arrival]
+        ahead = [one for one in earlier if flow_of(one.request) == flow and first[one] >= run.admitted_before[sequence]]
+        later = [one for one in ordered[sequence.arrival + 1 :] if first[one] < first[sequence]]
+        flows = Counter(flow_of(one.request) for one in later)
+        bound = sum(min(count, len(ahead) + 1) for count in flows.values()) + run.scheduler.max_batch
+        found.append((len(later), bound))
+    return found
+
+
+class Clock:
+    """The engine's clock, which a test can put forward."""
+
+    perf_counter = staticmethod(time.perf_counter)
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def test_a_deadline_ends_a_request_in_any_phase(model_dir, adapters, monkeypatch):
+    """Late from the start, running, waiting for a row; the others don't notice."""
+    clock, gate = Clock(), Gate()
+    monkeypatch.setattr(torch_engine, "time", clock)
+    with Engine(model_dir, max_batch=2) as engine:
+        expected = engine.ask(PROMPT, max_tokens=60).ids
+    with Engine(model_dir, gate, max_batch=2) as engine:
+        engine.submit("patient", PROMPT, max_tokens=60, timeout=5000)
+        gate.arrive()
+        engine.submit("late", PROMPT, timeout=0.0)
+        engine.submit("running", PROMPT, [use(adapters[0])], max_tokens=60, timeout=2000)
+        while "running" not in engine.answers:
+            gate.step()
+        engine.submit("waiting", PROMPT, timeout=1000)
+        assert engine.answers["late"].error == "[DEADLINE_EXCEEDED] not finished in 0 ms"
+        clock.ahead = 1500
+        assert [output.request_id for output in gate.step() if output.error] == ["waiting"]
+        assert engine.answers["waiting"].error == "[DEADLINE_EXCEEDED] not finished in 1000000 ms"
+        engine.submit("next in line", PROMPT, max_tokens=2)
+        clock.ahead = 2500
+        assert [output.request_id for output in gate.step() if output.error] == ["running"]
+        assert (engine.answers["waiting"].ids, len(engine.answers["running"].ids) > 0) == ([], True)
+        gate.open()
+        assert engine.wait("patient").ids == expected
+        assert engine.wait("next in line").finish_reason == "length"
+        engine.assert_nothing_held()
+
+
+def test_a_deadline_wakes_an_engine_that_has_nothing_to_compute(model_dir, adapters):
+    with Engine(model_dir) as engine:
+        released = threading.Event()
+        engine.engine._slots._read = lambda digest, path: released.wait(60)
+        engine.submit("loading", PROMPT, [use(adapters[0])], timeout=0.05)
+        assert engine.wait("loading").error == "[DEADLINE_EXCEEDED] not finished in 50 ms"
+        released.set()
+        engine.assert_nothing_held()
+
+
+def steps(*loads: tuple[int, int, int], cost: tuple[float, float, float]) -> list[tuple[StepLoad, float]]:
+    return [(StepLoad(*load), cost[0] + cost[1] * load[1] + cost[2] * load[2]) for load in loads]
+
+
+def test_step_times_are_learned():
+    times = StepTimes()
+    cost = (0.02, 0.0006, 2e-8)
+    for load, seconds in steps(*[(8, 8 + 31 * n, 900 * n * n) for n in range(40)], cost=cost):
+        times.observe(load, seconds)
+    assert times.coefficients() == pytest.approx(cost, rel=0.01)
+    slower = tuple(2 * part for part in cost)
+    for load, seconds in steps(*[(8, 8 + 31 * (n % 40), 900 * (n % 40) ** 2) for n in range(40)], cost=slower):
+        times.observe(load, seconds)
+    assert times.coefficients() == pytest.approx(slower, rel=0.05)
+    before = times.coefficients()
+    times.observe(StepLoad(8, 500, 100_000), 60.0)  # something held the machine
+    assert times.coefficients() == pytest.approx(before, rel=0.15)
+
+
+def test_steps_of_one_size_do_not_make_the_model_forget_the_others():
+    times, cost = StepTimes(), (0.014, 0.0005, 5e-7)
+    for load, seconds in steps(*[(0, 64 * n, 2048 * n * n) for n in range(1, 9)], cost=cost):
+        times.observe(load, seconds)
+    for n in range(500):
+        ((load, seconds),) = steps((8, 32, 10_000 + 50 * n), cost=cost)
+        times.observe(load, seconds * (0.8 if n % 2 else 1.2))
+    ((load, seconds),) = steps((0, 512, 131_328), cost=cost)
+    assert times.estimate(load) == pytest.approx(seconds, rel=0.35)
+
+
+def test_a_step_with_a_prompt_in_it_stays_within_the_stretch():
+    """The work of a step is what fits into the time; its cost here is what the model can express."""
+    budget = StepBudget(512, 2.0)
+    decode, mixed = (0.02, 0.001, 1e-8), (0.01, 0.0006, 2e-8)
+    for n in range(30):
+        for load, seconds in steps((8, 8, 1000 + n), cost=decode):
+            budget.observe(load, seconds)
+        for load, seconds in steps((0, 16 * n + 16, 9000 * n), cost=mixed):
+            budget.observe(load, seconds)
+    usual = steps((8, 8, 1000), cost=decode)[0][1]
+    start = 0
+    while start < 1500:
+        allowance = budget.allow(8, 1000, 1)
+        tokens = allowance.take(start, 1500 - start)
+        assert tokens % 8 == 0 or start + tokens == 1500
+        load = allowance.load
+        seconds = steps((load.decoding, load.tokens, load.pairs), cost=mixed)[0][1]
+        assert seconds <= 2.05 * usual
+        assert seconds >= 1.6 * usual or start + tokens == 1500
+        start += tokens
+    alone = budget.allow(0, 0, 1)
+    assert (alone.take(0, 1500), alone.take(512, 1500)) == (512, 0)
+    crowd = budget.allow(1, 100, 15)  # fifteen wait for their first token, one for its next
+    assert sum(crowd.take(0, 32) for _ in range(15)) > 400
+
+
+def test_a_prompt_moves_on_in_every_step_however_tight_the_budget():
+    budget = StepBudget(512, 1.01)
+    assert 0 < budget.allow(8, 1000, 1).take(0, 1500) <= 64  # nothing measured yet
+    for load, seconds in steps((8, 8, 1000), (8, 500, 90_000), cost=(0.02, 0.01, 0.0)):
+        budget.observe(load, seconds)
+    allowance = budget.allow(8, 1000, 2)
+    assert (allowance.take(0, 1500), allowance.take(0, 1500)) == (16, 0)
+
+
 def test_an_adapter_that_overflows_ends_its_own_request_only(model_dir, adapters, tmp_path):
     huge = make_adapter(model_dir, tmp_path / "huge", 7, r=2, target_modules=["down_proj"])
     weights = load_file(tmp_path / "huge" / "adapter_model.safetensors")
@@ -289,17 +476,16 @@ def test_an_adapter_that_overflows_ends_its_own_request_only(model_dir, adapters
         engine.assert_nothing_held()
 
 
-def test_a_fault_in_a_step_ends_its_requests_and_nothing_else(model_dir, adapters):
+def test_a_fault_in_a_step_ends_its_requests_and_nothing_else(model_dir, adapters, monkeypatch):
+    def fails(chunks):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
     with Engine(model_dir) as engine:
         expected = engine.ask(PROMPT, [use(adapters[0])]).ids
-        slots = engine.engine._slots
-        slot = slots._slots[digest_of(adapters[0])]
-        good = slot.loading.result().pairs
-        name, pair = next(iter(good.items()))
-        good[name] = LoraPair(torch.zeros(3, 5), pair.b, 1.0)  # a shape that no forward can take
-        answer = engine.ask(PROMPT, [use(adapters[0])])
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.engine._model, "forward", fails)
+            answer = engine.ask(PROMPT, [use(adapters[0])])
         assert answer.error.startswith("[INTERNAL] a step failed: RuntimeError: ")
-        good[name] = pair
         assert engine.ask(PROMPT, [use(adapters[0])]).ids == expected
         engine.assert_nothing_held()
         assert engine.engine.failed is None

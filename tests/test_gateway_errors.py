@@ -48,7 +48,7 @@ def assert_error(answer: httpx.Response, status: int, code: str, param: str | No
         (COMPLETIONS, {**PLAIN, "logit_bias": {"5": 1}}, "logit_bias"),
         (COMPLETIONS, {**PLAIN, "prompt": ["a", "b"]}, "prompt"),
         (COMPLETIONS, {**PLAIN, "prompt": [1, 2]}, "prompt"),
-        (CHAT, {**TALK, "response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {**TALK, "response_format": {"type": "structural_tag"}}, "response_format"),
         (CHAT, {**TALK, "messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         # missing, mistyped, contradicting
         (COMPLETIONS, {"prompt": PROMPT}, "model"),
@@ -66,6 +66,9 @@ def assert_error(answer: httpx.Response, status: int, code: str, param: str | No
         (COMPLETIONS, {**PLAIN, "temperature": -1}, "temperature"),
         (COMPLETIONS, {**PLAIN, "logprobs": 21}, "logprobs"),
         (COMPLETIONS, {**PLAIN, "stop": ["x"] * 17}, "stop"),
+        (CHAT, {**TALK, "response_format": {"type": "json_schema"}}, "response_format"),
+        # what only the engine judges
+        (COMPLETIONS, {**PLAIN, "structured_outputs": {"regex": "a("}}, "structured_outputs"),
         (COMPLETIONS, {**PLAIN, "adapters": [{"name": "pirate", "weight": 11}]}, "adapters"),
         (COMPLETIONS, {**PLAIN, "adapters": [{"name": "pirate"}, {"name": "pirate"}]}, "adapters"),
     ],

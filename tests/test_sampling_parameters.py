@@ -49,6 +49,8 @@ TAKEN: dict[str, tuple[Any, Any]] = {  # what is sent, and what it means
     "bad_words": (["", "a", ""], ("a",)),
     "stop_token_ids": ([0, "7"], (0, 7)),
     "logprobs": (20, 20),
+    "structured_outputs": ({"regex": "a+"}, {"regex": "a+"}),
+    "response_format": ({"type": "text"}, {"type": "text"}),
     "ignore_eos": ("true", True),
     "include_stop_str_in_output": (True, True),
     "skip_special_tokens": (0, False),

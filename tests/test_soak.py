@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live_server import LiveServer
@@ -20,6 +22,8 @@ from usage_watch import UsageWatch, check_outcomes, logged_receipts, settled_rec
 from openlora.attribution.journal import STATUS_CANCELLED, STATUS_COMPLETE
 
 CONCURRENCY = 16
+STREAMS = 64  # so many that their tokens travel together
+STREAM_SECONDS = 600.0
 REQUESTS = 3_000
 SECONDS = 300.0
 WARM_UP_SECONDS = 60.0  # memory is watched in minutes 2 to 5
@@ -43,9 +47,20 @@ async def test_short_load(server: LiveServer, prompts: list[str]) -> None:
     assert all(receipts[one.removeprefix("0x")].receipt.status == STATUS_COMPLETE for one in ids)
 
 
+async def test_short_load_of_streams(server: LiveServer, prompts: list[str]) -> None:
+    """64 at once: nothing is lost or told twice, tokens travel together, and the first one travels alone."""
+    async with Load(server.grpc_url, streamed(prompts, server, seed=64), STREAMS, total=128) as load:
+        outcomes = await load.complete()
+    assert [outcome.error for outcome in outcomes if outcome.error] == []
+    check_outcomes(outcomes, logged_receipts(server.state_dir))
+    assert {outcome.first_tokens for outcome in outcomes} == {1}
+    assert sum(outcome.tokens for outcome in outcomes) > 1.5 * sum(outcome.chunks for outcome in outcomes)
+
+
 @pytest.fixture
 def soaked(demo: Path, demo_adapters: list[str], tmp_path: Path) -> Iterator[LiveServer]:
-    settings = {"engine": {"dtype": "float32"}}
+    # The prefix cache fills the whole KV cache; this one is full before memory is watched.
+    settings = {"engine": {"dtype": "float32", "kv_cache_tokens": 16_384}}
     live = LiveServer(demo / "model", demo / "adapters", tmp_path / "state", demo_adapters, settings)
     try:
         yield live.start()
@@ -57,7 +72,8 @@ def soaked(demo: Path, demo_adapters: list[str], tmp_path: Path) -> Iterator[Liv
 @pytest.mark.timeout(1200)
 async def test_soak(soaked: LiveServer, prompts: list[str]) -> None:
     """3,000 requests in 5 minutes; memory in minutes 2 to 5."""
-    outcomes = await soak(soaked, prompts, seed=1, total=REQUESTS, seconds=SECONDS)
+    questions = mixed_questions(prompts, soaked.adapter_names, seed=1)
+    outcomes = await soak(soaked, questions, total=REQUESTS, seconds=SECONDS)
     assert [outcome.error for outcome in outcomes if outcome.error] == []
     assert all(outcome.delivered for outcome in outcomes)
     receipts = await settled_receipts(UsageWatch(soaked.state_dir))
@@ -71,7 +87,8 @@ async def test_soak(soaked: LiveServer, prompts: list[str]) -> None:
 @pytest.mark.timeout(1200)
 async def test_soak_with_clients_that_leave(soaked: LiveServer, prompts: list[str]) -> None:
     """The same with almost every third client gone before its answer is whole."""
-    outcomes = await soak(soaked, prompts, seed=2, total=REQUESTS, seconds=SECONDS, asking=ask_and_perhaps_leave)
+    questions = mixed_questions(prompts, soaked.adapter_names, seed=2)
+    outcomes = await soak(soaked, questions, total=REQUESTS, seconds=SECONDS, asking=ask_and_perhaps_leave)
     assert [outcome.error for outcome in outcomes if outcome.error] == []
     assert all(outcome.delivered or outcome.cancelled for outcome in outcomes)
     receipts = await settled_receipts(UsageWatch(soaked.state_dir))
@@ -83,9 +100,34 @@ async def test_soak_with_clients_that_leave(soaked: LiveServer, prompts: list[st
     verify_all(soaked.state_dir)
 
 
-async def soak(live: LiveServer, prompts: list[str], *, seed: int, total: int, seconds: float, **how) -> list[Outcome]:
-    """Ask `total` questions, paced over `seconds`; check that memory stays where it is after the warm-up."""
-    questions = mixed_questions(prompts, live.adapter_names, seed=seed)
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+async def test_soak_of_streams(soaked: LiveServer, prompts: list[str]) -> None:
+    """64 streams at a time for 10 minutes, as fast as they are answered; memory in minutes 2 to 10."""
+    outcomes = await soak(soaked, streamed(prompts, soaked, seed=3), seconds=STREAM_SECONDS, concurrency=STREAMS)
+    assert [outcome.error for outcome in outcomes if outcome.error] == []
+    assert all(outcome.delivered for outcome in outcomes)
+    receipts = await settled_receipts(UsageWatch(soaked.state_dir))
+    assert len(receipts) == len(outcomes)
+    check_outcomes(outcomes, receipts)
+    verify_all(soaked.state_dir)
+
+
+def streamed(prompts: list[str], live: LiveServer, *, seed: int) -> Callable[[int], Question]:
+    mixed = mixed_questions(prompts, live.adapter_names, seed=seed, max_tokens=(32, 96))
+    return lambda number: dataclasses.replace(mixed(number), stream=True)
+
+
+async def soak(
+    live: LiveServer,
+    questions: Callable[[int], Question],
+    *,
+    seconds: float,
+    total: int | None = None,
+    concurrency: int = CONCURRENCY,
+    **how: Any,
+) -> list[Outcome]:
+    """Ask for `seconds`, `total` questions or as many as are answered; memory must stay after the warm-up."""
     memory = MemoryWatch(live.launcher_pid)
     begun = time.monotonic()
 
@@ -96,8 +138,10 @@ async def soak(live: LiveServer, prompts: list[str], *, seed: int, total: int, s
             await asyncio.sleep(SAMPLE_SECONDS)
 
     watching = asyncio.create_task(watch())
-    async with Load(live.grpc_url, questions, CONCURRENCY, total=total, interval=seconds / total, **how) as load:
-        await asyncio.wait([watching, asyncio.create_task(load.complete())], return_when=asyncio.FIRST_COMPLETED)
+    interval = seconds / total if total else 0.0
+    async with Load(live.grpc_url, questions, concurrency, total=total, interval=interval, **how) as load:
+        asking = asyncio.create_task(load.complete() if total else asyncio.sleep(seconds))
+        await asyncio.wait([watching, asking], return_when=asyncio.FIRST_COMPLETED)
     assert not watching.done(), watching.exception()
     watching.cancel()
     print_load(load.outcomes, time.monotonic() - begun)

@@ -36,8 +36,8 @@ def test_stop_over_http(server: LiveServer) -> None:
 
 def test_stop_that_fits_none_or_several_stops_nothing(server: LiveServer) -> None:
     before = books(server)
-    twins = [running(server, "twin", tokens=120) for _ in range(2)]
-    mine = running(server, "alices", tokens=120, api_key=ALICE_KEY)
+    twins = [running(server, "twin", tokens=600) for _ in range(2)]
+    mine = running(server, "alices", tokens=600, api_key=ALICE_KEY)
     words = "[REQUEST_NOT_FOUND] {} running requests of yours have the id {!r}"
     assert stop(server, "twin").error == words.format(2, "twin")
     assert stop(server, "alices").error == words.format(0, "alices")
@@ -48,7 +48,7 @@ def test_stop_that_fits_none_or_several_stops_nothing(server: LiveServer) -> Non
     assert call(server, {"text_input": b"\xff", "stop": True}, label="twin").error.startswith("[INVALID_ARGUMENT]")
     for stream in (*twins, mine):
         ended = stream.wait()
-        assert (ended.finish_reason, len(ended.token_ids)) == ("length", 120)
+        assert (ended.finish_reason, len(ended.token_ids)) == ("length", 600)
     assert books(server) == (before[0] + 3, before[1] + 3)
 
 

@@ -139,6 +139,7 @@ class Answer:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason = ""
         self.error = ""
+        self.cached_tokens = 0
 
 
 class Engine:
@@ -170,6 +171,7 @@ class Engine:
                 assert not answer.finish_reason, f"an output of {output.request_id} after its last one"
                 answer.ids += output.token_ids
                 answer.logprobs += output.logprobs or []
+                answer.cached_tokens += output.cached_tokens
                 answer.finish_reason, answer.error = output.finish_reason, output.error
             self._changed.notify_all()
         if self._gate is not None:
@@ -181,11 +183,13 @@ class Engine:
         prompt: Sequence[int],
         adapters: Sequence[AdapterUse] = (),
         priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
         **sampling: Any,
     ) -> None:
         """Greedy unless `sampling` says otherwise."""
         settings = Sampling(**{"temperature": 0.0, "max_tokens": 12, **sampling})
-        self.engine.submit(EngineRequest(request_id, tuple(prompt), tuple(adapters), settings, priority))
+        self.engine.submit(EngineRequest(request_id, tuple(prompt), tuple(adapters), settings, priority, timeout, salt))
 
     def until(self, happened) -> None:
         """Wait until `happened(answers)`."""
@@ -207,6 +211,7 @@ class Engine:
         scheduler = self.engine._scheduler
         assert (len(scheduler.running), len(scheduler.waiting)) == (0, 0)
         assert scheduler.cache.used_blocks == 0
-        assert scheduler.cache.reserved_blocks == 0
+        pool = scheduler.cache.pool
+        assert pool.available == pool.total
         assert scheduler.slots.pinned == 0
         assert self.engine._live == {}

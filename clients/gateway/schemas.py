@@ -74,6 +74,8 @@ class GenerationBody(Body):
     stop_token_ids: list[int] | None = None
     bad_words: list[Text] | None = None
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None  # the same in vLLM's words
     priority: int | None = None
     timeout_ms: int | None = Field(default=None, ge=1)
     user: Text | None = None  # OpenAI's end-user label: has no effect on the answer and is not stored
@@ -113,4 +115,3 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: Annotated[dict[str, Any] | None, _neutral(None, {"type": "text"})] = None

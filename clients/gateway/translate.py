@@ -28,6 +28,8 @@ SAMPLING = {
     "stop_token_ids",
     "bad_words",
     "ignore_eos",
+    "response_format",
+    "structured_outputs",
     "priority",
 }
 

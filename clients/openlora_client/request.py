@@ -38,6 +38,8 @@ class SamplingOptions(TypedDict, total=False):
     bad_words: Sequence[str] | None
     include_stop_str_in_output: bool | None
     ignore_eos: bool | None
+    structured_outputs: Mapping[str, Any] | None  # one of json (a schema), json_object, regex, choice, grammar
+    response_format: Mapping[str, Any] | None  # the same in OpenAI's words
     logprobs: int | None  # 0 = of the chosen token; n = and of the n most likely
     skip_special_tokens: bool | None
     add_special_tokens: bool | None

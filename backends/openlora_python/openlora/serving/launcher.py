@@ -239,7 +239,7 @@ class Launcher:
         )
         file = run.run_dir / "engine.json"
         file.write_bytes(msgspec.json.encode(config))
-        # Its threads spin for their next piece of work through the gaps of a step (sleeping and waking up each time costs
+        # Its threads spin for their next piece of work through the gaps of a step (sleeping and waking up costs
         # a third of a decode step), but not from step to step: tritonserver and its stubs need the cores too.
         environment = {"GOMP_SPINCOUNT": "30000", **os.environ}
         if engine.python is not None:  # another interpreter finds our package here and its libraries at home
