@@ -90,8 +90,9 @@ def start(quantization: str, model: Path, kept: Path, threads: int) -> Worker:
         threads=threads,
         options={"quantization": quantization, "quantized_dir": str(kept)},
     )
+    as_served = {"GOMP_SPINCOUNT": "30000"}
     log = kept / f"{quantization}.log"
-    return Worker(Path(sys.executable), PEERS / "worker_openlora.py", settings, {"OMP_WAIT_POLICY": "PASSIVE"}, log)
+    return Worker(Path(sys.executable), PEERS / "worker_openlora.py", settings, as_served, log)
 
 
 def measure(workers: Mapping[str, Worker], model: Path, rounds: int, console: Console) -> dict[str, dict[str, float]]:

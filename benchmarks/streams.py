@@ -70,7 +70,6 @@ class Alone:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # as in a server, and in `openlora bench`
         )
         self._answer()
 

@@ -31,10 +31,7 @@ class LinearGroup:
 
     def compute(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[1, tokens, in_features]` to the outputs of all members, `[1, tokens, Σ out_features]`."""
-        inputs = inputs.contiguous()
-        outputs = self.base.forward(inputs)
-        self.lora.add(self.index, inputs, outputs)
-        return outputs
+        return self.lora.linear(self.index, self.base, inputs.contiguous())
 
     def output(self, member: Member, inputs: torch.Tensor) -> torch.Tensor:
         """One member's output; those of the others are kept until they have been asked for with the same tensor."""

@@ -14,7 +14,8 @@ from .kernels.pages import streamed
 Pack = Callable[[Sequence[nn.Linear]], nn.Module]
 """Makes one module of linears that take the same input: `[tokens, in_features]` to all their outputs side by side."""
 
-PANEL = 32  # outputs; see kernels/linear.cpp
+PANEL = 32  # outputs; see kernels/linear.h
+NO_ADAPTERS = (None, 0, 0, 0, None)  # segments, their number, group, members of a group, scratch
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +32,8 @@ class PackedLinear(nn.Module):
         self.out_features = sum(len(weight) for weight in weights)
         kernels = kernels_for(weights[0].dtype, weights[0].device)
         usable = kernels is not None and self.in_features % 2 == 0
-        self._kernels = kernels if usable else None
+        self.native = usable
+        self._kernels = kernels
         self.weight = nn.Parameter(pack_panels(weights) if usable else torch.cat(weights), requires_grad=False)
         self.bias = _bias(linears, usable)
         self._weight = self.weight.data_ptr()
@@ -39,20 +41,23 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[…, in_features]` to `[…, out_features]`."""
-        if self._kernels is None:
+        if not self.native:
             return functional.linear(inputs, self.weight, self.bias)
-        rows = inputs.numel() // self.in_features
+        return self.multiply(inputs, *NO_ADAPTERS)
+
+    def multiply(self, inputs: torch.Tensor, *adapters: int | None) -> torch.Tensor:
+        """The native form, `adapters` being the kernel's arguments from the segments to the scratch memory."""
         inputs = inputs.contiguous()
         outputs = torch.empty((*inputs.shape[:-1], self.out_features), dtype=inputs.dtype)
-        self._kernels.linear(
-            inputs.data_ptr(), self.in_features, self._weight, self._bias, outputs.data_ptr(), self.out_features, rows,
-            self.in_features, self.out_features, self._kernels.threads,
+        self._kernels.adapted_linear(
+            inputs.data_ptr(), self.in_features, self._weight, self._bias, outputs.data_ptr(), self.out_features,
+            inputs.numel() // self.in_features, self.in_features, self.out_features, *adapters, self._kernels.threads,
         )  # fmt: skip
         return outputs
 
 
 def pack_panels(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Weights `[out_features, in_features]`, one below the other, as kernels/linear.cpp reads them.
+    """Weights `[out_features, in_features]`, one below the other, as kernels/linear.h reads them.
 
     Panels of 32 outputs, the last one filled up with zeros: float32 `[panels, in_features, 32]`, bfloat16
     `[panels, in_features / 2, 32, 2]`.

@@ -16,16 +16,18 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from torch import nn
 from torch.nn import functional
 
 from .kernels import Kernels, kernels_for
 from .kernels.pages import streamed
+from .linear import PackedLinear
 
 PAIR = np.dtype(
     [("a", "u8"), ("b", "u8"), ("rank", "i4"), ("column", "i4"), ("columns", "i4"), ("scaling", "f4")], align=True
 )
 SEGMENT = np.dtype([("pairs", "u8"), ("start", "i4"), ("stop", "i4"), ("weight", "f4"), ("unused", "i4")], align=True)
-"""`Pair` and `Segment` of kernels/lora.cpp."""
+"""`Pair` and `Segment` of kernels/lora.h."""
 STRIP = 64  # outputs; see there
 
 
@@ -93,6 +95,9 @@ class LoraCompute(Protocol):
     def begin(self, segments: Sequence[Segment]) -> None:
         """Set the segments of the step that follows; none ends it."""
 
+    def linear(self, group: int, base: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        """The outputs of a group, its base linears' and the adapters' together: `[1, tokens, Σ columns]`."""
+
     def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """outputs[rows, columns] += w·s·(inputs[rows]·Aᵀ)·Bᵀ for each segment and each member of the group.
 
@@ -119,6 +124,11 @@ class TorchLora:
     def begin(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
 
+    def linear(self, group: int, base: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = base.forward(inputs)
+        self.add(group, inputs, outputs)
+        return outputs
+
     def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         for segment in self._segments:
             rows = slice(segment.start, segment.stop)
@@ -131,15 +141,14 @@ class TorchLora:
 
 
 class NativeLora:
-    """One call of kernels/lora.cpp a group: all segments, all members, shrink and expand."""
+    """One call of kernels/linear.cpp a group: base, all segments, all members, shrink and expand."""
 
     def __init__(self, groups: Sequence[Sequence[Member]], kernels: Kernels) -> None:
         self._groups = groups
         self._members = max(map(len, groups))
         self._kernels = kernels
-        self._segments = np.zeros(0, SEGMENT)
-        self._held: Sequence[Segment] = ()  # what the addresses belong to
         self._scratch = torch.empty(0, dtype=torch.int32)
+        self.begin([])
 
     def prepare(self, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
         table = np.zeros((len(self._groups), self._members), PAIR)
@@ -163,21 +172,29 @@ class NativeLora:
         return Adapter(digest, kept, table, int(ranks.sum(axis=1).max()))
 
     def begin(self, segments: Sequence[Segment]) -> None:
-        self._held = segments
+        self._held = segments  # what the addresses belong to
         self._segments = np.array(
             [(s.use.adapter.table.ctypes.data, s.start, s.stop, s.use.weight, 0) for s in segments], SEGMENT
         )
-        self._address = self._segments.ctypes.data
+        self._address, self._count = self._segments.ctypes.data, len(segments)
         size = sum((segment.stop - segment.start) * segment.use.adapter.width for segment in segments)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.int32)
 
+    def linear(self, group: int, base: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        if isinstance(base, PackedLinear) and base.native:
+            return base.multiply(inputs, self._address, self._count, group, self._members, self._scratch.data_ptr())
+        outputs = base.forward(inputs)
+        self.add(group, inputs, outputs)
+        return outputs
+
     def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        if len(self._segments):
+        if self._count:
             features, columns = inputs.shape[-1], outputs.shape[-1]
-            self._kernels.lora_apply(
-                inputs.data_ptr(), features, outputs.data_ptr(), columns, features, self._address, len(self._segments),
-                group, self._members, self._scratch.data_ptr(), self._kernels.threads,
+            self._kernels.adapted_linear(
+                inputs.data_ptr(), features, None, None, outputs.data_ptr(), columns, inputs.shape[-2], features,
+                columns, self._address, self._count, group, self._members, self._scratch.data_ptr(),
+                self._kernels.threads,
             )  # fmt: skip
 
 
@@ -194,7 +211,7 @@ def _together(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def pack_expand(b: torch.Tensor) -> torch.Tensor:
-    """B `[out_features, rank]` as kernels/lora.cpp reads it, in strips of 64 outputs, the last one filled up with
+    """B `[out_features, rank]` as kernels/lora.h reads it, in strips of 64 outputs, the last one filled up with
     zeros: float32 `[strips, rank, 64]`, bfloat16 `[strips, ⌈rank / 2⌉, 64, 2]`."""
     together = 2 if b.dtype == torch.bfloat16 else 1  # ranks in one lane
     rows, rank = b.shape

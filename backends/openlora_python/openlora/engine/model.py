@@ -103,6 +103,7 @@ class PagedModel:
         self.linears, self.lora = make_adaptable(model, pack, model.dtype, self.device)
         model.set_attn_implementation(IMPLEMENTATION)
         self._model = model
+        self._no_mask = torch.zeros(1, 1, 1, 1, device=self.device)  # of this shape, models take it for finished
         kernels = kernels_for(model.dtype, self.device)
         self._attention_kernels = kernels if head_dim(model.config) % 16 == 0 else None
         if kernels is not None:
@@ -134,6 +135,7 @@ class PagedModel:
             output = self._model(
                 input_ids=token_ids[None],
                 position_ids=step.position_ids[None],
+                attention_mask=self._no_mask,
                 use_cache=False,
                 logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=self.device),
                 paged=step,

@@ -25,8 +25,10 @@ DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "int8_linear": [_POINTER, _LONG, *[_POINTER] * 4, _LONG, _LONG, _LONG, _INT, _INT],
-    "linear": [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT],
-    "lora_apply": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT],
+    "adapted_linear": [
+        *[_POINTER, _LONG, _POINTER, _POINTER, _POINTER, *[_LONG] * 4],
+        *[_POINTER, *[_LONG] * 3, _POINTER, _INT],
+    ],
     "paged_attention": [_POINTER] * 8 + [_LONG, _POINTER, _INT],
     "rms_norm": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _FLOAT, _FLOAT, _INT],
     "silu_multiply": [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT],

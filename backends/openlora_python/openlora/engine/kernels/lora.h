@@ -6,10 +6,10 @@
 // not depend on its neighbours. With many adapters the time is that of reading them, so each thread asks for the weights
 // of its next piece of work while it computes with those of this one.
 
+#pragma once
+
 #include <algorithm>
 #include <vector>
-
-#include <omp.h>
 
 #include "vector.h"
 
@@ -35,8 +35,8 @@ constexpr int TOKENS = 4;  // of a tile of the shrink
 constexpr int RANKS = 4;
 constexpr int STREAM_RANKS = 8;  // of a tile of one token: enough loads in flight to follow memory
 constexpr int BAND = 32;         // tokens of a piece of work: A and B are read once for so many
-constexpr int VECTORS = 4;       // of a strip
-constexpr int STRIP = VECTORS * LANES;
+constexpr int STRIP_VECTORS = 4;       // of a strip
+constexpr int STRIP = STRIP_VECTORS * LANES;
 constexpr int AHEAD = 4;  // strips: memory answers after about as long as four take
 
 // A pair of ranks in a 32-bit lane for bf16, one rank for float.
@@ -102,7 +102,7 @@ struct Piece {  // of the shrink
 
 // A piece by the widest tiles that fit; the first pass over A asks for that of the next piece.
 template <typename T>
-void shrink(const Piece<T>& piece, int64_t stride, int64_t features, const T* next) {
+void shrink_piece(const Piece<T>& piece, int64_t stride, int64_t features, const T* next) {
     for (int t = 0; t < piece.tokens;) {
         const bool tile = piece.tokens - t >= TOKENS;
         const T* input = piece.input + t * stride;
@@ -133,20 +133,20 @@ template <typename T, int T_COUNT>
 void expand_tile(const typename Shrunk<T>::type* shrunk, int64_t ranks, const T* b, T* output, int64_t stride,
                  int64_t columns, const T* next) {
     constexpr int VECTOR = LANES * Shrunk<T>::RANKS;  // elements
-    floats sums[T_COUNT][VECTORS] = {};
+    floats sums[T_COUNT][STRIP_VECTORS] = {};
     for (int64_t r = 0; r < ranks; r++) {
-        typename Packed<T>::type row[VECTORS];
-        for (int c = 0; c < VECTORS; c++) {
-            if (next) __builtin_prefetch(next + (r * VECTORS + c) * VECTOR, 0, 2);
-            row[c] = load_packed(b + (r * VECTORS + c) * VECTOR);
+        typename Packed<T>::type row[STRIP_VECTORS];
+        for (int c = 0; c < STRIP_VECTORS; c++) {
+            if (next) __builtin_prefetch(next + (r * STRIP_VECTORS + c) * VECTOR, 0, 2);
+            row[c] = load_packed(b + (r * STRIP_VECTORS + c) * VECTOR);
         }
         for (int t = 0; t < T_COUNT; t++) {
             auto value = Shrunk<T>::spread(shrunk[t * ranks + r]);
-            for (int c = 0; c < VECTORS; c++) sums[t][c] = dot(sums[t][c], value, row[c]);
+            for (int c = 0; c < STRIP_VECTORS; c++) sums[t][c] = dot(sums[t][c], value, row[c]);
         }
     }
     for (int t = 0; t < T_COUNT; t++)
-        for (int c = 0; c < VECTORS; c++) {
+        for (int c = 0; c < STRIP_VECTORS; c++) {
             T* at = output + t * stride + c * LANES;
             if ((c + 1) * LANES <= columns)
                 store(at, load(at) + sums[t][c]);
@@ -156,7 +156,7 @@ void expand_tile(const typename Shrunk<T>::type* shrunk, int64_t ranks, const T*
 }
 
 template <typename T>
-void expand(const typename Shrunk<T>::type* shrunk, int64_t ranks, const T* b, int tokens, T* output, int64_t stride,
+void expand_strip(const typename Shrunk<T>::type* shrunk, int64_t ranks, const T* b, int tokens, T* output, int64_t stride,
             int64_t columns, const T* next) {
     int t = 0;
     for (; t + TOKENS <= tokens; t += TOKENS)
@@ -174,72 +174,70 @@ struct Strips {  // of the expand: those of one pair that a thread has
     int64_t first, last, columns;
 };
 
+// What one thread does for the rows [from, to) of a group: collected first, so that it knows what comes next.
 template <typename T>
-void apply(const T* input, int64_t input_stride, T* output, int64_t output_stride, int64_t features,
-           const Segment* segments, int64_t count, int64_t group, int64_t members, void* scratch, int threads) {
+class LoraShare {
+  public:
     using S = typename Shrunk<T>::type;
-#pragma omp parallel num_threads(threads)
-    {
-        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-        std::vector<Piece<T>> pieces;
-        std::vector<Strips<T>> strips;
-        std::vector<const T*> order;  // of the strips' weights
-        S* shrunk = (S*)scratch;
+
+    // `shrunk` is moved past what these rows take; it is the same in all threads.
+    void collect(const T* input, int64_t input_stride, T* output, int64_t output_stride, int64_t features,
+                 const Segment* segments, int64_t count, int64_t group, int64_t members, int64_t from, int64_t to,
+                 S*& shrunk, int thread, int team) {
+        pieces.clear(), strips.clear(), order.clear();
         int64_t turn = 0;
         for (int64_t s = 0; s < count; s++) {
-            const Segment& segment = segments[s];
-            const int tokens = segment.stop - segment.start;
+            const int64_t start = std::max<int64_t>(segments[s].start, from);
+            const int tokens = int(std::min<int64_t>(segments[s].stop, to) - start);
+            if (tokens <= 0) continue;
             for (int64_t m = 0; m < members; m++) {
-                const Pair& pair = segment.pairs[group * members + m];
+                const Pair& pair = segments[s].pairs[group * members + m];
                 if (!pair.rank) continue;
                 const int64_t ranks = width<T>(pair);
                 for (int t = 0; t < tokens; t += BAND)
                     for (int r = 0; r < pair.rank; r += STREAM_RANKS)
                         if (turn++ % team == thread)
-                            pieces.push_back({input + (segment.start + t) * input_stride,
-                                              (const T*)pair.a + r * features, shrunk + t * ranks, ranks,
-                                              segment.weight * pair.scaling, std::min(BAND, tokens - t), r,
-                                              std::min(STREAM_RANKS, pair.rank - r)});
+                            pieces.push_back({input + (start + t) * input_stride, (const T*)pair.a + r * features,
+                                              shrunk + t * ranks, ranks, segments[s].weight * pair.scaling,
+                                              std::min(BAND, tokens - t), r, std::min(STREAM_RANKS, pair.rank - r)});
                 // Each thread has its columns: tokens of several segments add up in the order of the segments.
                 const int64_t all = (pair.columns + STRIP - 1) / STRIP;
                 const int64_t first = all * thread / team, last = all * (thread + 1) / team;
-                for (int t = 0; t < tokens; t += BAND) {
-                    if (first < last)
-                        strips.push_back({shrunk + t * ranks, ranks,
-                                          output + (segment.start + t) * output_stride + pair.column,
-                                          std::min(BAND, tokens - t), first, last, pair.columns});
+                for (int t = 0; t < tokens && first < last; t += BAND) {
+                    strips.push_back({shrunk + t * ranks, ranks, output + (start + t) * output_stride + pair.column,
+                                      std::min(BAND, tokens - t), first, last, pair.columns});
                     for (int64_t c = first; c < last; c++)
                         order.push_back((const T*)pair.b + c * ranks * STRIP * Shrunk<T>::RANKS);
                 }
                 shrunk += tokens * ranks;
             }
         }
+    }
+
+    void shrink(int64_t input_stride, int64_t features) const {
         for (size_t i = 0; i < pieces.size(); i++) {
             const Piece<T>& piece = pieces[i];
-            shrink<T>(piece, input_stride, features, i + 1 < pieces.size() ? pieces[i + 1].a : nullptr);
+            shrink_piece<T>(piece, input_stride, features, i + 1 < pieces.size() ? pieces[i + 1].a : nullptr);
             const int end = piece.rank + piece.ranks;
             if (Shrunk<T>::RANKS == 2 && end % 2)  // only the last piece of a pair can end so
                 for (int t = 0; t < piece.tokens; t++) put(piece.shrunk + t * piece.shrunk_stride, end, 0);
         }
-#pragma omp barrier
+    }
+
+    // After all threads have shrunk, and all of `output` is there.
+    void expand(int64_t output_stride) const {
         size_t at = 0;
         for (const Strips<T>& strip : strips)
             for (int64_t c = strip.first; c < strip.last; c++, at++)
-                expand<T>(strip.shrunk, strip.ranks, order[at], strip.tokens, strip.output + c * STRIP, output_stride,
-                          strip.columns - c * STRIP, at + AHEAD < order.size() ? order[at + AHEAD] : nullptr);
+                expand_strip<T>(strip.shrunk, strip.ranks, order[at], strip.tokens, strip.output + c * STRIP,
+                                output_stride, strip.columns - c * STRIP,
+                                at + AHEAD < order.size() ? order[at + AHEAD] : nullptr);
     }
-}
+
+  private:
+    std::vector<Piece<T>> pieces;
+    std::vector<Strips<T>> strips;
+    std::vector<const T*> order;  // of the strips' weights
+};
 
 }  // namespace
-
-extern "C" void lora_apply_float(const float* input, int64_t input_stride, float* output, int64_t output_stride,
-                                 int64_t features, const Segment* segments, int64_t count, int64_t group,
-                                 int64_t members, void* scratch, int threads) {
-    apply(input, input_stride, output, output_stride, features, segments, count, group, members, scratch, threads);
-}
-
-extern "C" void lora_apply_bf16(const bf16* input, int64_t input_stride, bf16* output, int64_t output_stride,
-                                int64_t features, const Segment* segments, int64_t count, int64_t group,
-                                int64_t members, void* scratch, int threads) {
-    apply(input, input_stride, output, output_stride, features, segments, count, group, members, scratch, threads);
-}
