@@ -90,7 +90,7 @@ def assert_linear(packed: PackedLinear, linears: list[nn.Linear], inputs: torch.
 def test_linear(native, dtype, features, outputs, biased):
     linears = make_linears(features, outputs, biased, dtype)
     packed = PackedLinear(linears)
-    assert packed._kernels is not None
+    assert packed.native
     inputs = noise(max(ROWS), features, dtype=dtype)
     whole = assert_linear(packed, linears, inputs)
     for threads in (1, 3):
@@ -127,12 +127,12 @@ def test_a_row_that_is_not_finite_stays_alone(native, dtype, bad):
 def test_linears_that_the_kernel_cannot_do_run_through_torch(dtype, monkeypatch):
     odd = make_linears(33, (20, 9), 1, dtype)
     packed = PackedLinear(odd)
-    assert packed._kernels is None
+    assert not packed.native
     assert_linear(packed, odd, noise(5, 33, dtype=dtype))
     monkeypatch.setattr(kernels, "_load", lambda: None)
     even = make_linears(64, (20, 9), 1, dtype)
     packed = PackedLinear(even)
-    assert packed._kernels is None
+    assert not packed.native
     assert_linear(packed, even, noise(5, 64, dtype=dtype))
 
 
@@ -251,6 +251,20 @@ def test_a_lora_row_depends_on_no_neighbour_and_on_no_place(lora, threads):
             mine = [lora.segment(*one, row - first, row - first + 1) for one in own]
             among = lora.run(group, [*others, *mine], slice(first, row + 1))
             assert torch.equal(among[-1], whole[row]), row
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_base_and_adapters_in_one_call_are_the_one_after_the_other(lora, threads):
+    """In blocks of rows that segments lie across; with an odd number of inputs the base runs through torch."""
+    lora.compute._kernels.threads = threads
+    for group, members in enumerate(GROUPS):
+        base = PackedLinear(make_linears(lora.features, tuple(member.columns for member in members), 1, lora.dtype))
+        if base.native:
+            base._kernels.threads = threads
+        expected = base(lora.inputs)
+        lora.compute.begin([lora.segment(*one) for one in BATCH])
+        lora.compute.add(group, lora.inputs, expected)
+        assert torch.equal(lora.compute.linear(group, base, lora.inputs), expected)
 
 
 def test_lora_without_the_library_is_torchs(dtype, hidden):

@@ -63,7 +63,7 @@ class Pacer:
     @property
     def coalescing(self) -> bool:
         """Whether tokens wait for each other now."""
-        return self._live_streams > self._coalesce_above
+        return self._coalesce_seconds > 0 and self._live_streams > self._coalesce_above
 
     async def run(self) -> None:
         """Probes, empty deltas and deadlines, for ever."""

@@ -15,7 +15,6 @@ struct Sequence {
     int32_t row;     // of its first new token in the flat batch
     int32_t start;   // position of that token
     int32_t tokens;  // new ones
-    int32_t attend;  // 0: store only
 };
 
 struct Shape {
@@ -176,7 +175,7 @@ void paged_attention(const T* query, const T* key, const T* value, T* keys, T* v
     const int64_t band = std::max<int64_t>(1, BAND / (shape.heads / shape.kv_heads));
     std::vector<int64_t> firsts(count + 1);  // items before each sequence
     for (int64_t s = 0; s < count; s++)
-        firsts[s + 1] = firsts[s] + (sequences[s].attend ? (sequences[s].tokens + band - 1) / band : 0);
+        firsts[s + 1] = firsts[s] + (sequences[s].tokens + band - 1) / band;
     const int64_t items = firsts[count] * shape.kv_heads;
 #pragma omp parallel num_threads(threads)
     {
