@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ class AdapterSlots:
         self._slots: OrderedDict[str, _Slot] = OrderedDict()  # least recently used first
         # Beside decoding, so with no threads of its own: see TorchEngine._run.
         self._loader = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="adapter-loader", initializer=torch.set_num_threads, initargs=(1,)
+            max_workers=1, thread_name_prefix="adapter-loader", initializer=_compute_alone
         )
 
     @property
@@ -85,3 +86,11 @@ class AdapterSlots:
 
     def close(self) -> None:
         self._loader.shutdown(wait=True, cancel_futures=True)
+
+
+def _compute_alone() -> None:
+    """No OpenMP team for this thread. `torch.set_num_threads` would set it for all threads that come later, too."""
+    torch.get_num_threads()  # torch sets its own number when it is first asked in a thread
+    set_threads = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
+    if set_threads is not None:
+        set_threads(1)

@@ -63,8 +63,8 @@ class Group:
 class PagedStep:
     """What all layers of one forward share: where tokens go in the cache and who attends to what.
 
-    With native kernels all rows are one call a layer, which reads keys and values where they lie: a fourth of the time of
-    torch's flash attention over gathered ones at 512 tokens, far less when decoding. Without, `groups` go through torch.
+    With native kernels all rows are one call a layer, which reads keys and values where they lie: a fourth of the time
+    of torch's flash attention over gathered ones at 512 tokens. Without, `groups` go through torch.
     """
 
     def __init__(self, spans: Sequence[Span], cache: KVCache, kernels: Kernels | None) -> None:
