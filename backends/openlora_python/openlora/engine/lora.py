@@ -234,7 +234,8 @@ def build_segments(spans: Sequence[tuple[int, tuple[WeightedAdapter, ...]]]) -> 
                 latest[use.key] = Segment(use, row, row + tokens)
                 segments.append(latest[use.key])
         row += tokens
-    return segments
+    # By adapter, so that what several adapters add to a row has one order in every batch.
+    return sorted(segments, key=lambda segment: (segment.use.key, segment.start))
 
 
 def module_rank(config: LoraConfig, module: str) -> int:
