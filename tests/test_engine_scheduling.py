@@ -322,6 +322,19 @@ def test_nobody_is_passed_more_often_than_the_bound(arrivals, max_batch, blocks)
     assert all(passed <= bound for passed, bound in passed_and_bound(run))
 
 
+def test_slots_held_in_advance_never_block_everybody():
+    """The third in line holds both slots, and the two before it, the only ones looked at, wait for one of them."""
+    run = SchedulerRun(max_batch=1, max_adapters=2, blocks=8)
+    for adapters, length in (([], 6), ("da", 1), ("da", 9)):
+        run.add([1] * length, list(adapters), max_tokens=length)
+    run.step()
+    run.step()
+    for adapters, length in (("a", 4), ("ab", 4), ("ab", 7), ("", 1), ("", 1), ("", 1), ("a", 1), ("ac", 1)):
+        run.add([1] * length, list(adapters), max_tokens=length)
+    run.finish(300)
+    assert len(run.ended) == 11
+
+
 def passed_and_bound(run: SchedulerRun) -> list[tuple[int, int]]:
     """For each request: how many that arrived later were admitted first, and how many may be at most."""
     first: dict[Sequence, int] = {}

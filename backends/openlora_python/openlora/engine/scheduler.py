@@ -141,7 +141,8 @@ class Scheduler:
         failed: list[tuple[Sequence, OpenLoRAError]] = []
         blocked: list[Sequence] = []
         for sequence in self.waiting[: 2 * self.max_batch]:
-            starving = sequence.overtaken >= self.max_batch
+            # With nobody running, only slots that others hold in advance can be missing, and nobody will free them.
+            starving = sequence.overtaken >= self.max_batch or not self.running
             try:
                 admitted = self._admit(sequence)
                 if admitted is None and starving:

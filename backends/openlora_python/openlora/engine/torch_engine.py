@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
@@ -24,15 +23,13 @@ from ..errors import DeadlineExceeded, Internal, InvalidArgument, NotFinite, Ope
 from .adapter_file import AdapterReader
 from .adapter_slots import AdapterSlots
 from .api import Emit, EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenLogprob
-from .cache_size import make_cache
-from .linear import PackedLinear
-from .model import Chunk, PagedModel, eos_token_ids, load, longest_context
+from .checked_model import device_of, load_checked
+from .model import Chunk, PagedModel, eos_token_ids, longest_context
 from .prefix_cache import PrefixCache
-from .quantization import MODES, kept_file, pack_int8, quantize
+from .quantization import MODES
 from .request_check import check_request
 from .sampling import Sampled, SamplingState, sample
 from .scheduler import Scheduler, Sequence, Work
-from .selfcheck import check, probe_tokens, reference_logits
 from .step_budget import StepBudget
 from .structured_output import GuideCompiler
 
@@ -92,10 +89,11 @@ class TorchEngine:
             )
         if not prefill_stretch > 1:
             raise InvalidArgument(f"{prefill_stretch} is out of range, above 1 is right", field="prefill_stretch")
-        target = _device(device)
+        target = device_of(device)
         load = partial(
-            self._load, model_dir, base_digest, dtype, target, quantization, quantized_dir, max_model_len,
-            kv_cache_tokens, max_batch, block_size,
+            load_checked, model_dir, base_digest, dtype=dtype, device=target, quantization=quantization,
+            quantized_dir=quantized_dir, max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens,
+            max_batch=max_batch, block_size=block_size,
         )  # fmt: skip
         loaded: Future[tuple[PreTrainedModel, PagedModel]] = Future()
         self._emit: Emit | None = None
@@ -140,32 +138,6 @@ class TorchEngine:
             max_rank=max_rank,
             max_adapters=max_adapters,
         )
-
-    def _load(
-        self,
-        model_dir: str,
-        base_digest: str,
-        dtype: str,
-        target: torch.device,
-        quantization: str,
-        quantized_dir: str | None,
-        max_model_len: int | None,
-        kv_cache_tokens: int | None,
-        max_batch: int,
-        block_size: int,
-    ) -> tuple[PreTrainedModel, PagedModel]:
-        """The model as it was loaded, changed in place, and what runs it; checked."""
-        model = load(model_dir, dtype, target)
-        config = model.config
-        probe = probe_tokens(config.vocab_size)
-        if quantization != "none":
-            kept = None if quantized_dir is None else kept_file(Path(quantized_dir), base_digest, model.dtype)
-            quantize(model, quantization, kept)
-        expected = reference_logits(model, probe)
-        cache = make_cache(config, model.dtype, target, max_model_len, kv_cache_tokens, max_batch, block_size)
-        paged = PagedModel(model, cache, PackedLinear if quantization == "none" else pack_int8)
-        check(paged, probe, expected, quantization)
-        return model, paged
 
     def _run(self, load: Callable[[], tuple[PreTrainedModel, PagedModel]], loaded: Future) -> None:
         """Everything that computes is on this one thread: OpenMP keeps a team of workers for each thread that does, and
@@ -409,17 +381,3 @@ class TorchEngine:
 
 def _ended(request_id: str, error: OpenLoRAError) -> EngineOutput:
     return EngineOutput(request_id, [], "error", str(error))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidArgument(f"{name!r} is not a device; auto, cpu or cuda is right", field="device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidArgument(f"{name!r} is not supported; auto, cpu or cuda is right", field="device")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgument("this machine has no CUDA device that torch can use", field="device")
-    return device
