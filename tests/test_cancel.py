@@ -44,12 +44,12 @@ class Bench:
         self._engine = server_processes(live.launcher_pid)["engine"]
         codec = TextCodec(model_dir)
         sentence = "Tell me about the cat. "
-        self.short, self.long = sentence, sentence * (1500 // len(codec.encode(sentence)))
+        self.short, self.long = sentence, sentence * (1000 // len(codec.encode(sentence)))
 
     def question(self, phase: str) -> Question:
         """A request that is still in its phase when its client leaves. No prefix of a long prompt is in the cache."""
         name = next(self._names)
-        prompt, tokens = (f"{name}. {self.long}", 500) if phase == "prefill" else (self.short, LONG)
+        prompt, tokens = (f"{name}. {self.long}", 1000) if phase == "prefill" else (self.short, LONG)
         sampling = {"ignore_eos": True, "temperature": 0, "max_tokens": tokens}
         return Question(prompt, None, phase != "not streamed", sampling, f"victim-{name}")
 
