@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from openlora.engine.kv_cache import KVCache
-from openlora.engine.linear import PackedLinear
+from openlora.engine.linear import pack_linears
 from openlora.engine.model import Chunk, PagedModel, head_dim, load
 from openlora.engine.quantization import pack_int8, quantize
 
@@ -70,7 +70,7 @@ def judge(model_dir: str, dtype: str, quantization: str, texts: Sequence[Text]) 
         dtype=model.dtype,
         device=cpu,
     )
-    paged = PagedModel(model, cache, PackedLinear if quantization == "none" else pack_int8)
+    paged = PagedModel(model, cache, pack_linears if quantization == "none" else pack_int8)
     answers, everything, likeliest = [], [], []
     for text in texts:
         inputs, targets = text.token_ids[:-1], torch.tensor(text.token_ids[1:])

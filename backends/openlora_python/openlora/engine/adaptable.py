@@ -11,16 +11,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from .kernels import Kernels
 from .linear import Pack
-from .lora import LoraCompute, Member, make_lora
+from .lora import Member, NativeLora, TorchLora, make_lora
 
 _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears of one module with the same input
 
 
 class LinearGroup:
-    """Linears that share their input, computed together with their adapters."""
+    """Linears that share their input, computed together with their adapters.
 
-    def __init__(self, index: int, base: nn.Module, members: Sequence[Member], lora: LoraCompute) -> None:
+    Where native kernels compute whole layers, this only says where the base's weights and the adapters' places are.
+    """
+
+    def __init__(self, index: int, base: nn.Module, members: Sequence[Member], lora: TorchLora | NativeLora) -> None:
         self.index = index
         self.base = base
         self.members = members
@@ -31,7 +35,10 @@ class LinearGroup:
 
     def compute(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[1, tokens, in_features]` to the outputs of all members, `[1, tokens, Σ out_features]`."""
-        return self.lora.linear(self.index, self.base, inputs.contiguous())
+        inputs = inputs.contiguous()
+        outputs = self.base.forward(inputs)
+        self.lora.add(self.index, inputs, outputs)
+        return outputs
 
     def output(self, member: Member, inputs: torch.Tensor) -> torch.Tensor:
         """One member's output; those of the others are kept until they have been asked for with the same tensor."""
@@ -61,8 +68,8 @@ class AdaptableLinear(nn.Module):
 
 
 def make_adaptable(
-    model: nn.Module, pack: Pack, dtype: torch.dtype, device: torch.device
-) -> tuple[Mapping[str, AdaptableLinear], LoraCompute]:
+    model: nn.Module, pack: Pack, kernels: Kernels | None
+) -> tuple[Mapping[str, AdaptableLinear], TorchLora | NativeLora]:
     """Replace every linear of `model`; its output layer is packed too, but takes no adapters.
 
     Returns the adaptable linears by their name in the model, and what computes their adapters.
@@ -79,15 +86,15 @@ def make_adaptable(
         groups.append(
             [Member(name, start, linears[name].out_features) for name, start in zip(names, starts, strict=True)]
         )
-    lora = make_lora(groups, dtype, device)
+    lora = make_lora(groups, kernels)
     adaptable: dict[str, AdaptableLinear] = {}
     for index, members in enumerate(groups):
         # One group after the other, so that only one has its weights twice.
-        group = LinearGroup(index, pack([linears[member.name] for member in members]), members, lora)
+        group = LinearGroup(index, pack([linears[member.name] for member in members], kernels), members, lora)
         for member in members:
             adaptable[member.name] = AdaptableLinear(linears.pop(member.name), member, group)
             model.set_submodule(member.name, adaptable[member.name])
-    model.set_output_embeddings(pack([output_layer]))
+    model.set_output_embeddings(pack([output_layer], kernels))
     return adaptable, lora
 
 

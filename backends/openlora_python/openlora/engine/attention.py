@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,21 +12,13 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .kernels import Kernels
+from .kernels import SEQUENCE
 from .kv_cache import NULL_BLOCK, KVCache
 
 IMPLEMENTATION = "openlora_paged"
 """The name under which models select this attention (`config._attn_implementation`)."""
 
 _SMALLEST_GROUP_BLOCKS = 8
-
-SEQUENCE = np.dtype([("row", "i4"), ("start", "i4"), ("tokens", "i4")])
-SHAPE = np.dtype(
-    [(name, "i8") for name in ("heads", "kv_heads", "head_dim", "block_size", "query_token", "query_head", "key_token",
-                               "key_head", "value_token", "value_head", "table_width", "window")]
-    + [("scaling", "f4"), ("softcap", "f4")]
-)  # fmt: skip
-"""`Sequence` and `Shape` of kernels/attention.cpp."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +56,13 @@ class Group:
 class PagedStep:
     """What all layers of one forward share: where tokens go in the cache and who attends to what.
 
-    With native kernels all rows are one call a layer, which reads keys and values where they lie: a fourth of the time
-    of torch's flash attention over gathered ones at 512 tokens. Without, `groups` go through torch.
+    With native kernels all rows are one operation a layer (`describe`), which reads keys and values where they lie: a
+    fourth of the time of torch's flash attention over gathered ones at 512 tokens. Without, `groups` go through torch.
     """
 
-    def __init__(self, spans: Sequence[Span], cache: KVCache, kernels: Kernels | None) -> None:
+    def __init__(self, spans: Sequence[Span], cache: KVCache) -> None:
         self.cache = cache
-        self.kernels = kernels
-        self._shapes: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+        self._spans = spans
         device, block_size = cache.data.device, cache.block_size
         tokens = np.array([span.tokens for span in spans])
         starts = np.array([span.start for span in spans])
@@ -81,15 +73,23 @@ class PagedStep:
         owner = np.repeat(np.arange(len(spans)), tokens)  # [tokens], the span of each
         rows = np.concatenate([[0], tokens.cumsum()[:-1]])
         positions = np.arange(len(owner)) - rows[owner] + starts[owner]
+        self._sequences = np.zeros(len(spans), SEQUENCE)
+        self._sequences["row"], self._sequences["start"], self._sequences["tokens"] = rows, starts, tokens
+        blocks = self._tables[owner, positions // block_size].astype(np.int64)
+        self._slots = blocks * block_size + positions % block_size
         self.position_ids = torch.from_numpy(positions).to(device)  # [tokens]
-        if kernels is not None:
-            self.sequences = np.zeros(len(spans), SEQUENCE)
-            self.sequences["row"], self.sequences["start"], self.sequences["tokens"] = rows, starts, tokens
-            self.groups: list[Group] = []
-        else:
-            self.groups = [self._group(members) for members in _partition(spans, cache)]
-            blocks = self._tables[owner, positions // block_size].astype(np.int64)
-            self.slots = torch.from_numpy(blocks * block_size + positions % block_size).to(device)  # [tokens]
+        self.slots = torch.from_numpy(self._slots).to(device)  # [tokens]
+
+    def describe(self, step: np.ndarray) -> None:
+        """Enter the batch into a STEP `[1]` for the native kernels; this must live until it is computed."""
+        step["slots"], step["sequences"] = self._slots.ctypes.data, self._sequences.ctypes.data
+        step["sequence_count"], step["block_size"] = len(self._sequences), self.cache.block_size
+        step["tables"], step["table_width"] = self._tables.ctypes.data, self._tables.shape[1]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The batch in parts that torch attends to in one call each."""
+        return [self._group(members) for members in _partition(self._spans, self.cache)]
 
     def _group(self, spans: list[Span]) -> Group:
         device, block_size = self.cache.data.device, self.cache.block_size
@@ -104,38 +104,6 @@ class PagedStep:
         starts = torch.tensor([span.start for span in spans], device=device)
         positions = starts[:, None] + torch.arange(spans[0].tokens, device=device)
         return Group(index, spans[0].tokens, torch.from_numpy(table).to(device), positions)
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,  # [tokens, heads, head_dim]
-        key: torch.Tensor,  # [tokens, kv_heads, head_dim]
-        value: torch.Tensor,  # [tokens, kv_heads, head_dim]
-        output: torch.Tensor,  # [tokens, heads, head_dim], dense
-        *,
-        scaling: float,
-        window: int,  # 0 = none
-        softcap: float,  # 0 = none
-    ) -> None:
-        """Store the keys and values of the step, and attend to them and those before: kernels/attention.cpp."""
-        shape = self._shape(query, key, value, window)
-        shape["scaling"], shape["softcap"] = scaling, softcap
-        keys, values = self.cache.layer_addresses[layer]
-        self.kernels.paged_attention(
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), keys, values, output.data_ptr(),
-            shape.ctypes.data, self.sequences.ctypes.data, len(self.sequences), self._tables.ctypes.data,
-            self.kernels.threads,
-        )  # fmt: skip
-
-    def _shape(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int) -> np.ndarray:
-        """Sizes and strides for the kernel: the same in most layers of a step."""
-        strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
-        known = self._shapes.get((window, strides))
-        if known is None:
-            sizes = (query.shape[1], key.shape[1], query.shape[2], self.cache.block_size)
-            known = np.array((*sizes, *strides, self._tables.shape[1], window, 0.0, 0.0), SHAPE)
-            self._shapes[window, strides] = known
-        return known
 
 
 def _partition(spans: Sequence[Span], cache: KVCache) -> list[list[Span]]:
@@ -171,11 +139,7 @@ def paged_attention(
     cache, layer = paged.cache, int(module.layer_idx)
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))  # [tokens, heads, head_dim]
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if paged.kernels is None:
-        cache.write(layer, paged.slots, key, value)
-    else:
-        window, cap = sliding_window or 0, softcap or 0.0
-        paged.attend(layer, query, key, value, output, scaling=scaling, window=window, softcap=cap)
+    cache.write(layer, paged.slots, key, value)
     for group in paged.groups:
         keys, values = cache.gather(layer, group.block_table)  # [sequences, keys, kv_heads, head_dim]
         attended = _attend(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidArgument
 from .cache_size import make_cache
-from .linear import PackedLinear
+from .linear import pack_linears
 from .model import PagedModel, load
 from .quantization import kept_file, pack_int8, quantize
 from .selfcheck import check, probe_tokens, reference_logits
@@ -42,7 +42,7 @@ def load_checked(
         quantize(model, quantization, kept)
     expected = reference_logits(model, probe)
     cache = make_cache(config, model.dtype, device, max_model_len, kv_cache_tokens, max_batch, block_size)
-    paged = PagedModel(model, cache, PackedLinear if quantization == "none" else pack_int8)
+    paged = PagedModel(model, cache, pack_linears if quantization == "none" else pack_int8)
     check(paged, probe, expected, quantization)
     return model, paged
 

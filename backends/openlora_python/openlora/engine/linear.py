@@ -4,56 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from .kernels import kernels_for
+from .kernels import BUFFER, LINEAR, OPERATION, STEP, Kernels
 from .kernels.pages import streamed
 
-Pack = Callable[[Sequence[nn.Linear]], nn.Module]
-"""Makes one module of linears that take the same input: `[tokens, in_features]` to all their outputs side by side."""
+Pack = Callable[[Sequence[nn.Linear], Kernels | None], nn.Module]
+"""Makes one module of linears that take the same input: `[…, in_features]` to all their outputs side by side."""
 
 PANEL = 32  # outputs; see kernels/linear.h
-NO_ADAPTERS = (None, 0, 0, 0, None)  # segments, their number, group, members of a group, scratch
 
 
-class PackedLinear(nn.Module):
-    """y = xWᵀ + b for several linears at once, by the native kernel where there is one, else by torch.
+def pack_linears(linears: Sequence[nn.Linear], kernels: Kernels | None) -> nn.Module:
+    """`Pack` for 16- and 32-bit weights."""
+    return TorchLinear(linears) if kernels is None else PackedLinear(linears, kernels)
 
-    At 16 rows, in bfloat16, the kernel takes 0.6 of the time of oneDNN with a blocked weight, and 0.4 of that with a
-    plain one; at 512 rows they are equal.
-    """
+
+class TorchLinear(nn.Module):
+    """y = xWᵀ + b for several linears at once."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
-        weights = [linear.weight for linear in linears]
-        self.in_features = weights[0].shape[1]
-        self.out_features = sum(len(weight) for weight in weights)
-        kernels = kernels_for(weights[0].dtype, weights[0].device)
-        usable = kernels is not None and self.in_features % 2 == 0
-        self.native = usable
-        self._kernels = kernels
-        self.weight = nn.Parameter(pack_panels(weights) if usable else torch.cat(weights), requires_grad=False)
-        self.bias = _bias(linears, usable)
-        self._weight = self.weight.data_ptr()
-        self._bias = None if self.bias is None else self.bias.data_ptr()
+        self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+        bias = joint_bias(linears)
+        self.bias = None if bias is None else nn.Parameter(bias.to(self.weight), requires_grad=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[…, in_features]` to `[…, out_features]`."""
-        if not self.native:
-            return functional.linear(inputs, self.weight, self.bias)
-        return self.multiply(inputs, *NO_ADAPTERS)
+        return functional.linear(inputs, self.weight, self.bias)
 
-    def multiply(self, inputs: torch.Tensor, *adapters: int | None) -> torch.Tensor:
-        """The native form, `adapters` being the kernel's arguments from the segments to the scratch memory."""
-        inputs = inputs.contiguous()
-        outputs = torch.empty((*inputs.shape[:-1], self.out_features), dtype=inputs.dtype)
-        self._kernels.adapted_linear(
-            inputs.data_ptr(), self.in_features, self._weight, self._bias, outputs.data_ptr(), self.out_features,
-            inputs.numel() // self.in_features, self.in_features, self.out_features, *adapters, self._kernels.threads,
-        )  # fmt: skip
-        return outputs
+
+class NativeLinear(nn.Module):
+    """y = xWᵀ + b for several linears at once, as one operation of the native kernels.
+
+    `operation` says all of it but where input and output lie; `quantized_bytes` is the memory that a row's integer
+    activations take.
+    """
+
+    quantized_bytes = 0
+
+    def __init__(self, linears: Sequence[nn.Linear], kernels: Kernels, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+        self._kernels = kernels
+        self.register_buffer("weight", weight)
+        bias = joint_bias(linears)
+        self.register_buffer("bias", None if bias is None else whole_panels(bias))
+        operation = np.zeros((), OPERATION)
+        operation["kind"], operation["group"], operation["output"] = LINEAR, -1, 1
+        operation["features"], operation["columns"] = self.in_features, self.out_features
+        operation["weight"] = weight.data_ptr()
+        operation["bias"] = 0 if bias is None else self.bias.data_ptr()
+        self.operation = operation
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        rows = inputs.reshape(-1, self.in_features)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        outputs = rows.new_empty(len(rows), self.out_features)
+        quantized = torch.empty(len(rows) * self.quantized_bytes, dtype=torch.uint8)
+        buffers = np.array([(rows.data_ptr(), rows.stride(0)), (outputs.data_ptr(), self.out_features)], BUFFER)
+        step = np.zeros(1, STEP)
+        step["buffers"], step["rows"], step["quantized"] = buffers.ctypes.data, len(rows), quantized.data_ptr()
+        self._kernels.compute(self.operation[None], step)
+        return outputs.view(*inputs.shape[:-1], self.out_features)
+
+
+class PackedLinear(NativeLinear):
+    """Weights in panels.
+
+    At 16 rows, in bfloat16, this takes 0.6 of the time of oneDNN with a blocked weight, and 0.4 of that with a plain
+    one; at 512 rows they are equal.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], kernels: Kernels) -> None:
+        super().__init__(linears, kernels, pack_panels([linear.weight for linear in linears]))
 
 
 def pack_panels(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -86,12 +114,14 @@ def pack_panels(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return packed
 
 
-def _bias(linears: Sequence[nn.Linear], native: bool) -> nn.Parameter | None:
-    """The biases side by side; the kernel wants whole panels of floats."""
+def joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """The biases side by side in float32, zeros where there is none; None if no linear has one."""
     if all(linear.bias is None for linear in linears):
         return None
-    parts = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
-    bias = torch.cat(parts)
-    if native:
-        bias = functional.pad(bias.float(), (0, -len(bias) % PANEL))
-    return nn.Parameter(bias, requires_grad=False)
+    parts = [torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float() for linear in linears]
+    return torch.cat([part.to(linears[0].weight.device) for part in parts])
+
+
+def whole_panels(values: torch.Tensor) -> torch.Tensor:
+    """float32, filled up with zeros to whole panels."""
+    return functional.pad(values.float(), (0, -len(values) % PANEL))

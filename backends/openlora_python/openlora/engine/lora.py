@@ -16,12 +16,10 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from torch import nn
 from torch.nn import functional
 
-from .kernels import Kernels, kernels_for
+from .kernels import Kernels
 from .kernels.pages import streamed
-from .linear import PackedLinear
 
 PAIR = np.dtype(
     [("a", "u8"), ("b", "u8"), ("rank", "i4"), ("column", "i4"), ("columns", "i4"), ("scaling", "f4")], align=True
@@ -87,28 +85,21 @@ class Member:
 
 
 class LoraCompute(Protocol):
-    """How the adapters of a step are added to the outputs of a group of linears that share their input."""
+    """How the adapters of a step are added to the outputs of groups of linears that share their input:
+
+    outputs[rows, columns] += w·s·(inputs[rows]·Aᵀ)·Bᵀ for each segment and each member of a group.
+    """
 
     def prepare(self, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
-        """An adapter in the form that `add` wants."""
+        """An adapter in the form in which it is added."""
 
     def begin(self, segments: Sequence[Segment]) -> None:
         """Set the segments of the step that follows; none ends it."""
 
-    def linear(self, group: int, base: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        """The outputs of a group, its base linears' and the adapters' together: `[1, tokens, Σ columns]`."""
 
-    def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """outputs[rows, columns] += w·s·(inputs[rows]·Aᵀ)·Bᵀ for each segment and each member of the group.
-
-        `inputs` is `[1, tokens, in_features]`, `outputs` `[1, tokens, Σ columns]`, dense, changed in place.
-        """
-
-
-def make_lora(groups: Sequence[Sequence[Member]], dtype: torch.dtype, device: torch.device) -> LoraCompute:
-    """The native form where there is one, else torch's."""
-    kernels = kernels_for(dtype, device)
-    return TorchLora(groups) if kernels is None else NativeLora(groups, kernels)
+def make_lora(groups: Sequence[Sequence[Member]], kernels: Kernels | None) -> TorchLora | NativeLora:
+    """The form that goes with the linears' (`linear.Pack`)."""
+    return TorchLora(groups) if kernels is None else NativeLora(groups)
 
 
 class TorchLora:
@@ -124,12 +115,8 @@ class TorchLora:
     def begin(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
 
-    def linear(self, group: int, base: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        outputs = base.forward(inputs)
-        self.add(group, inputs, outputs)
-        return outputs
-
     def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """`inputs` is `[1, tokens, in_features]`, `outputs` `[1, tokens, Σ columns]`, dense, changed in place."""
         for segment in self._segments:
             rows = slice(segment.start, segment.stop)
             for member in self._groups[group]:
@@ -141,12 +128,11 @@ class TorchLora:
 
 
 class NativeLora:
-    """One call of kernels/linear.cpp a group: base, all segments, all members, shrink and expand."""
+    """Part of the native kernels' operation of a group of linears (kernels/lora.h)."""
 
-    def __init__(self, groups: Sequence[Sequence[Member]], kernels: Kernels) -> None:
+    def __init__(self, groups: Sequence[Sequence[Member]]) -> None:
         self._groups = groups
         self._members = max(map(len, groups))
-        self._kernels = kernels
         self._scratch = torch.empty(0, dtype=torch.int32)
         self.begin([])
 
@@ -176,26 +162,14 @@ class NativeLora:
         self._segments = np.array(
             [(s.use.adapter.table.ctypes.data, s.start, s.stop, s.use.weight, 0) for s in segments], SEGMENT
         )
-        self._address, self._count = self._segments.ctypes.data, len(segments)
         size = sum((segment.stop - segment.start) * segment.use.adapter.width for segment in segments)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.int32)
 
-    def linear(self, group: int, base: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        if isinstance(base, PackedLinear) and base.native:
-            return base.multiply(inputs, self._address, self._count, group, self._members, self._scratch.data_ptr())
-        outputs = base.forward(inputs)
-        self.add(group, inputs, outputs)
-        return outputs
-
-    def add(self, group: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        if self._count:
-            features, columns = inputs.shape[-1], outputs.shape[-1]
-            self._kernels.adapted_linear(
-                inputs.data_ptr(), features, None, None, outputs.data_ptr(), columns, inputs.shape[-2], features,
-                columns, self._address, self._count, group, self._members, self._scratch.data_ptr(),
-                self._kernels.threads,
-            )  # fmt: skip
+    def describe(self, step: np.ndarray) -> None:
+        """Enter the segments into a STEP `[1]`; they must live until it is computed."""
+        step["segments"], step["segment_count"] = self._segments.ctypes.data, len(self._segments)
+        step["members"], step["shrunk"] = self._members, self._scratch.data_ptr()
 
 
 def _together(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:

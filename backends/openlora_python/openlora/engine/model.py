@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..errors import InvalidArgument, UnsupportedModel
 from .adaptable import make_adaptable
 from .attention import IMPLEMENTATION, PagedStep, Span, register
-from .fused import fuse
-from .kernels import kernels_for
+from .decoder import NativeModel
+from .decoder_plan import native_kernels
 from .kv_cache import KVCache
-from .linear import Pack, PackedLinear
-from .lora import WeightedAdapter, build_segments
+from .linear import Pack, pack_linears
+from .lora import NativeLora, WeightedAdapter, build_segments
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")
 """Values of `model_type` that are supported: decoders with a standard cache and `nn.Linear` projections."""
@@ -96,18 +96,18 @@ def load(model_dir: str, dtype: str, device: torch.device) -> PreTrainedModel:
 class PagedModel:
     """A loaded model changed in place: paged attention, and every linear but the output layer adaptable."""
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, pack: Pack = PackedLinear) -> None:
+    def __init__(self, model: PreTrainedModel, cache: KVCache, pack: Pack = pack_linears) -> None:
         register()
         self.cache = cache
         self.device = cache.data.device
-        self.linears, self.lora = make_adaptable(model, pack, model.dtype, self.device)
+        kernels = native_kernels(model)
+        self.linears, self.lora = make_adaptable(model, pack, kernels)
+        self._native = None
+        if isinstance(self.lora, NativeLora):
+            self._native = NativeModel(model, kernels, cache, self.lora)
         model.set_attn_implementation(IMPLEMENTATION)
         self._model = model
         self._no_mask = torch.zeros(1, 1, 1, 1, device=self.device)  # of this shape, models take it for finished
-        kernels = kernels_for(model.dtype, self.device)
-        self._attention_kernels = kernels if head_dim(model.config) % 16 == 0 else None
-        if kernels is not None:
-            fuse(model, kernels)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -126,20 +126,23 @@ class PagedModel:
         for chunk in ordered:
             spans.append(Span(row, chunk.start, len(chunk.token_ids), chunk.blocks))
             row += len(chunk.token_ids)
-        step = PagedStep(spans, self.cache, self._attention_kernels)
+        step = PagedStep(spans, self.cache)
         token_ids = torch.tensor([token for chunk in ordered for token in chunk.token_ids], device=self.device)
         ends = {index: span.row + span.tokens for index, span in zip(order, spans, strict=True)}
         wanted = [row for index, chunk in enumerate(chunks) for row in range(ends[index] - chunk.logits, ends[index])]
+        rows = torch.tensor(wanted, dtype=torch.long, device=self.device)
         self.lora.begin(build_segments([(len(chunk.token_ids), chunk.adapters) for chunk in ordered]))
         try:
+            if self._native is not None:
+                return self._native.forward(token_ids, step, rows).float()
             output = self._model(
                 input_ids=token_ids[None],
                 position_ids=step.position_ids[None],
                 attention_mask=self._no_mask,
                 use_cache=False,
-                logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=self.device),
+                logits_to_keep=rows,
                 paged=step,
             )
+            return output.logits[0].float()
         finally:
             self.lora.begin([])  # an evicted adapter must not live on here
-        return output.logits[0].float()

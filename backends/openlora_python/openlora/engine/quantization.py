@@ -1,7 +1,7 @@
 """INT8 weights for the base model's linears, one scale an output channel; adapters beside them keep their 16 bits.
 
 torchao makes the integers. On the CPU its own linear is slower than bfloat16 in eager mode, and compiled it would be
-compiled anew at every start, so kernels/int8_linear.cpp multiplies there; torchao's linear is what the check at start
+compiled anew at every start, so kernels/int8_linear.h multiplies there; torchao's linear is what the check at start
 compares it with, and what runs on a GPU and where there is no kernel.
 """
 
@@ -23,11 +23,12 @@ from torch.nn import functional
 from ..errors import UnsupportedModel
 from .kernels import Kernels, kernels_for
 from .kernels.pages import streamed
+from .linear import PANEL, NativeLinear, joint_bias, whole_panels
 
 MODES = ("none", "int8", "int8-weight-only")
 """`int8` makes activations int8 too, one scale a token (dynamic); `int8-weight-only` leaves them 16 bits."""
 
-_PANEL, _GROUP = 32, 4  # of kernels/int8_linear.cpp
+_GROUP = 4  # inputs; see kernels/int8_linear.h
 _MOST_FEATURES = (1 << 17) - 1  # 128 · 128 · features must fit a 32-bit sum
 
 _LOG = logging.getLogger(__name__)
@@ -63,40 +64,24 @@ def kept_file(directory: Path, base_digest: str, dtype: torch.dtype) -> Path:
     return directory / f"{base_digest}-{str(dtype).removeprefix('torch.')}-{made_by}.safetensors"
 
 
-def pack_int8(linears: Sequence[nn.Linear]) -> nn.Module:
+def pack_int8(linears: Sequence[nn.Linear], kernels: Kernels | None) -> nn.Module:
     """`linear.Pack` for linears that `quantize` has seen."""
-    weight = linears[0].weight
-    kernels = kernels_for(weight.dtype, weight.device)
-    if kernels is not None:
-        return Int8Linear(linears, kernels)
-    return TorchaoLinear(linears)
+    return TorchaoLinear(linears) if kernels is None else Int8Linear(linears, kernels)
 
 
-class Int8Linear(nn.Module):
-    """y = xWᵀ + b for several linears at once, on the CPU; the formula is in kernels/int8_linear.cpp."""
+class Int8Linear(NativeLinear):
+    """Integer weights, and activations that become integers; the formula is in kernels/int8_linear.h."""
 
     def __init__(self, linears: Sequence[nn.Linear], kernels: Kernels) -> None:
-        super().__init__()
-        weight = torch.cat([linear.weight.qdata for linear in linears])  # [out_features, in_features]
-        scales = torch.cat([linear.weight.scale for linear in linears]).flatten()
-        self.out_features, self.in_features = weight.shape
-        self.parts = 2 if linears[0].weight.act_quant_kwargs is None else 1
-        self.register_buffer("weight", pack_bytes(weight))
-        self.register_buffer("scales", _whole_panels(scales))
-        self.register_buffer("bias", _whole_panels(_bias(linears)))
-        self._multiply = kernels.int8_linear
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[…, in_features]` to `[…, out_features]`."""
-        rows = inputs.reshape(-1, self.in_features)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        outputs = rows.new_empty(len(rows), self.out_features)
-        self._multiply(
-            rows.data_ptr(), rows.stride(0), self.weight.data_ptr(), self.scales.data_ptr(), self.bias.data_ptr(),
-            outputs.data_ptr(), len(rows), self.in_features, self.out_features, self.parts, torch.get_num_threads(),
-        )  # fmt: skip
-        return outputs.view(*inputs.shape[:-1], self.out_features)
+        super().__init__(linears, kernels, pack_bytes(torch.cat([linear.weight.qdata for linear in linears])))
+        parts = 2 if linears[0].weight.act_quant_kwargs is None else 1
+        if self.bias is None:
+            self.bias = whole_panels(torch.zeros(self.out_features))
+        self.register_buffer("scales", whole_panels(torch.cat([linear.weight.scale for linear in linears]).flatten()))
+        self.operation["parts"] = parts
+        self.operation["bias"], self.operation["scales"] = self.bias.data_ptr(), self.scales.data_ptr()
+        # Rows of bytes, where the sum of each starts, and a scale for all of them.
+        self.quantized_bytes = parts * (self.in_features + -self.in_features % _GROUP + 4) + 4
 
 
 class TorchaoLinear(nn.Module):
@@ -113,33 +98,24 @@ class TorchaoLinear(nn.Module):
         )
         self.out_features, self.in_features = joint.shape
         self.weight = nn.Parameter(joint, requires_grad=False)
-        self.register_buffer("bias", _bias(linears).to(weights[0].device, weights[0].dtype))
+        bias = joint_bias(linears)
+        self.register_buffer("bias", None if bias is None else bias.to(weights[0].dtype))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return functional.linear(inputs, self.weight, self.bias)
 
 
 def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
-    """int8 `[channels, features]` as kernels/int8_linear.cpp reads it, plus 128.
+    """int8 `[channels, features]` as kernels/int8_linear.h reads it, plus 128.
 
     uint8 `[channels / 32, features / 4, 32, 4]`, both filled up with zeros.
     """
     channels, features = weight.shape
-    whole = functional.pad(weight, (0, -features % _GROUP, 0, -channels % _PANEL))
-    panels = whole.view(len(whole) // _PANEL, _PANEL, -1, _GROUP).transpose(1, 2)
+    whole = functional.pad(weight, (0, -features % _GROUP, 0, -channels % PANEL))
+    panels = whole.view(len(whole) // PANEL, PANEL, -1, _GROUP).transpose(1, 2)
     packed = streamed(*panels.shape, dtype=torch.uint8)
     packed.view(torch.int8).copy_(panels)
     return packed.bitwise_xor_(128)
-
-
-def _whole_panels(values: torch.Tensor) -> torch.Tensor:
-    return functional.pad(values.float(), (0, -len(values) % _PANEL))
-
-
-def _bias(linears: Sequence[nn.Linear]) -> torch.Tensor:
-    return torch.cat(
-        [torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float().cpu() for linear in linears]
-    )
 
 
 def _warn_where_slow(linears: Mapping[str, nn.Linear]) -> None:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "items.h"
 #include "vector.h"
 
 namespace {
@@ -75,27 +76,28 @@ constexpr Kernel<T> KERNELS[MOST_ROWS + 1] = {
     rows_of_panel<T, 12>,
 };
 
-// The share of one thread in the rows [from, to): its panels.
+// What a thread does of the rows [from, to): panels. `following` are `following_lines` cache lines that it needs next.
 template <typename T>
-void linear_share(const T* input, int64_t stride, const T* weight, const float* bias, T* output, int64_t output_stride,
-                  int64_t features, int64_t columns, int64_t from, int64_t to, int thread, int team) {
-    const int64_t inputs = features / Inputs<T>::COUNT, panels = (columns + PANEL - 1) / PANEL;
+void linear_panels(Items items, const T* input, int64_t stride, const T* weight, const float* bias, T* output,
+                   int64_t output_stride, int64_t features, int64_t columns, int64_t from, int64_t to,
+                   const char* following, int64_t following_lines) {
+    const int64_t inputs = features / Inputs<T>::COUNT;
     const int64_t size = features * PANEL;  // of a panel, in elements
-    const int64_t first = panels * thread / team, last = panels * (thread + 1) / team;
     const int64_t rows = to - from, passes = (rows + MOST_ROWS - 1) / MOST_ROWS;
-    for (int64_t p = first; p < last; p++) {
+    take_each(items, [&](int64_t p, int64_t next) {
         const T* panel = weight + p * size;
         // The next panel arrives from memory while this one is computed with: a share in each pass.
-        const int64_t lines = p + 1 < last ? size * int64_t(sizeof(T)) / 64 : 0;
+        const char* ahead = next < 0 ? following : (const char*)(weight + next * size);
+        const int64_t lines = next < 0 ? following_lines : size * int64_t(sizeof(T)) / 64;
         for (int64_t pass = 0; pass < passes; pass++) {
             const int64_t row = from + rows * pass / passes, count = from + rows * (pass + 1) / passes - row;
             const int64_t line = lines * pass / passes;
             KERNELS<T>[count](input + row * stride, stride, panel, inputs, bias ? bias + p * PANEL : nullptr,
                               output + row * output_stride + p * PANEL, output_stride,
-                              std::min<int64_t>(PANEL, columns - p * PANEL), (const char*)(panel + size) + 64 * line,
+                              std::min<int64_t>(PANEL, columns - p * PANEL), ahead + 64 * line,
                               lines * (pass + 1) / passes - line);
         }
-    }
+    });
 }
 
 }  // namespace

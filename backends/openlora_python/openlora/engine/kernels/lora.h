@@ -2,15 +2,16 @@
 //   output[rows, columns] += weight · scaling · (input[rows] · Aᵀ) · Bᵀ
 // A is [rank, in_features] as in the file. B is transposed and in strips of 64 columns, the last one filled up with zeros:
 // float [strips, rank, 64]; bf16 [strips, ⌈rank / 2⌉, 64, 2], an odd rank with a row of zeros, so that one dot instruction
-// takes two ranks. Every element of the output belongs to one thread and every sum has one order, so a row's result does
-// not depend on its neighbours. With many adapters the time is that of reading them, so each thread asks for the weights
-// of its next piece of work while it computes with those of this one.
+// takes two ranks. Every sum has one order, so a row's result does not depend on its neighbours. With many adapters the
+// time is that of reading them, so each thread asks for the weights of its next item while it computes with those of this
+// one.
 
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "items.h"
 #include "vector.h"
 
 struct Pair {
@@ -37,7 +38,7 @@ constexpr int STREAM_RANKS = 8;  // of a tile of one token: enough loads in flig
 constexpr int BAND = 32;         // tokens of a piece of work: A and B are read once for so many
 constexpr int STRIP_VECTORS = 4;       // of a strip
 constexpr int STRIP = STRIP_VECTORS * LANES;
-constexpr int AHEAD = 4;  // strips: memory answers after about as long as four take
+constexpr int CHUNK = 4;  // strips of an item: memory answers after about as long as four take
 
 // A pair of ranks in a 32-bit lane for bf16, one rank for float.
 template <typename T>
@@ -165,27 +166,19 @@ void expand_strip(const typename Shrunk<T>::type* shrunk, int64_t ranks, const T
         expand_tile<T, 1>(shrunk + t * ranks, ranks, b, output + t * stride, stride, columns, t ? nullptr : next);
 }
 
+// What a step's adapters add to the rows [from, to) of a group of linears, as a list of items: made by every thread for
+// itself, and the same in all.
 template <typename T>
-struct Strips {  // of the expand: those of one pair that a thread has
-    const typename Shrunk<T>::type* shrunk;
-    int64_t ranks;
-    T* output;
-    int tokens;
-    int64_t first, last, columns;
-};
-
-// What one thread does for the rows [from, to) of a group: collected first, so that it knows what comes next.
-template <typename T>
-class LoraShare {
+class LoraWork {
   public:
     using S = typename Shrunk<T>::type;
 
-    // `shrunk` is moved past what these rows take; it is the same in all threads.
+    // `shrunk` is moved past what these rows take.
     void collect(const T* input, int64_t input_stride, T* output, int64_t output_stride, int64_t features,
                  const Segment* segments, int64_t count, int64_t group, int64_t members, int64_t from, int64_t to,
-                 S*& shrunk, int thread, int team) {
-        pieces.clear(), strips.clear(), order.clear();
-        int64_t turn = 0;
+                 S*& shrunk, int team) {
+        pieces.clear(), chunks.clear(), parts.resize(members);
+        for (auto& of_member : parts) of_member.clear();
         for (int64_t s = 0; s < count; s++) {
             const int64_t start = std::max<int64_t>(segments[s].start, from);
             const int tokens = int(std::min<int64_t>(segments[s].stop, to) - start);
@@ -194,50 +187,77 @@ class LoraShare {
                 const Pair& pair = segments[s].pairs[group * members + m];
                 if (!pair.rank) continue;
                 const int64_t ranks = width<T>(pair);
-                for (int t = 0; t < tokens; t += BAND)
+                for (int t = 0; t < tokens; t += BAND) {
+                    const int band = std::min(BAND, tokens - t);
                     for (int r = 0; r < pair.rank; r += STREAM_RANKS)
-                        if (turn++ % team == thread)
-                            pieces.push_back({input + (start + t) * input_stride, (const T*)pair.a + r * features,
-                                              shrunk + t * ranks, ranks, segments[s].weight * pair.scaling,
-                                              std::min(BAND, tokens - t), r, std::min(STREAM_RANKS, pair.rank - r)});
-                // Each thread has its columns: tokens of several segments add up in the order of the segments.
-                const int64_t all = (pair.columns + STRIP - 1) / STRIP;
-                const int64_t first = all * thread / team, last = all * (thread + 1) / team;
-                for (int t = 0; t < tokens && first < last; t += BAND) {
-                    strips.push_back({shrunk + t * ranks, ranks, output + (start + t) * output_stride + pair.column,
-                                      std::min(BAND, tokens - t), first, last, pair.columns});
-                    for (int64_t c = first; c < last; c++)
-                        order.push_back((const T*)pair.b + c * ranks * STRIP * Shrunk<T>::RANKS);
+                        pieces.push_back({input + (start + t) * input_stride, (const T*)pair.a + r * features,
+                                          shrunk + t * ranks, ranks, segments[s].weight * pair.scaling, band, r,
+                                          std::min(STREAM_RANKS, pair.rank - r)});
+                    parts[m].push_back({shrunk + t * ranks, ranks, (const T*)pair.b,
+                                        output + (start + t) * output_stride + pair.column, band, pair.columns});
                 }
                 shrunk += tokens * ranks;
             }
         }
+        int64_t strips = 0;
+        for (auto& of_member : parts) strips += of_member.empty() ? 0 : all_strips(of_member[0]);
+        const int64_t most = std::max<int64_t>(1, std::min<int64_t>(CHUNK, strips / (2 * team)));
+        for (auto& of_member : parts)
+            for (int64_t c = 0, all = of_member.empty() ? 0 : all_strips(of_member[0]); c < all; c += most)
+                chunks.push_back({&of_member, c, std::min(c + most, all)});
     }
 
-    void shrink(int64_t input_stride, int64_t features) const {
-        for (size_t i = 0; i < pieces.size(); i++) {
-            const Piece<T>& piece = pieces[i];
-            shrink_piece<T>(piece, input_stride, features, i + 1 < pieces.size() ? pieces[i + 1].a : nullptr);
+    void shrink(Member& member, int64_t input_stride, int64_t features) const {
+        take_each(Items(member, pieces.size()), [&](int64_t item, int64_t next) {
+            const Piece<T>& piece = pieces[item];
+            shrink_piece<T>(piece, input_stride, features, next < 0 ? nullptr : pieces[next].a);
             const int end = piece.rank + piece.ranks;
             if (Shrunk<T>::RANKS == 2 && end % 2)  // only the last piece of a pair can end so
                 for (int t = 0; t < piece.tokens; t++) put(piece.shrunk + t * piece.shrunk_stride, end, 0);
-        }
+        });
     }
 
-    // After all threads have shrunk, and all of `output` is there.
-    void expand(int64_t output_stride) const {
-        size_t at = 0;
-        for (const Strips<T>& strip : strips)
-            for (int64_t c = strip.first; c < strip.last; c++, at++)
-                expand_strip<T>(strip.shrunk, strip.ranks, order[at], strip.tokens, strip.output + c * STRIP,
-                                output_stride, strip.columns - c * STRIP,
-                                at + AHEAD < order.size() ? order[at + AHEAD] : nullptr);
+    // After all threads have shrunk, and all of `output` is there. One item is what all adapters add to some columns, so
+    // tokens of several segments add up in the order of the segments.
+    void expand(Member& member, int64_t output_stride) const {
+        take_each(Items(member, chunks.size()), [&](int64_t item, int64_t next) {
+            const Chunk& chunk = chunks[item];
+            const std::vector<Part>& of_member = *chunk.parts;
+            for (size_t i = 0; i < of_member.size(); i++) {
+                const Part& part = of_member[i];
+                // The same strips of the next adapter, or of the first one in the next item.
+                const bool last = i + 1 == of_member.size();
+                const Part* ahead = !last ? &part + 1 : next < 0 ? nullptr : chunks[next].parts->data();
+                const int64_t shift = last && next >= 0 ? chunks[next].first - chunk.first : 0;
+                for (int64_t c = chunk.first; c < chunk.last; c++) {
+                    const T* fetched = ahead && c + shift < all_strips(*ahead) ? strip(*ahead, c + shift) : nullptr;
+                    expand_strip<T>(part.shrunk, part.ranks, strip(part, c), part.tokens, part.output + c * STRIP,
+                                    output_stride, part.columns - c * STRIP, fetched);
+                }
+            }
+        });
     }
 
   private:
+    struct Part {  // of the expand: one pair and some tokens
+        const S* shrunk;
+        int64_t ranks;
+        const T* b;
+        T* output;
+        int tokens;
+        int64_t columns;
+    };
+    struct Chunk {  // strips of one member
+        const std::vector<Part>* parts;
+        int64_t first, last;
+    };
+
+    static int64_t all_strips(const Part& part) { return (part.columns + STRIP - 1) / STRIP; }
+    static const T* strip(const Part& part, int64_t c) { return part.b + c * part.ranks * STRIP * Shrunk<T>::RANKS; }
+
     std::vector<Piece<T>> pieces;
-    std::vector<Strips<T>> strips;
-    std::vector<const T*> order;  // of the strips' weights
+    std::vector<std::vector<Part>> parts;  // of each member
+    std::vector<Chunk> chunks;
 };
 
 }  // namespace

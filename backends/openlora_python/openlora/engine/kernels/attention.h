@@ -1,14 +1,15 @@
 // Attention over the paged cache, which is read where it lies:
 //   output[t, h] = softmax(cap(scaling · query[t, h] · keysᵀ)) · values, over the keys that token t may see,
 //   cap(x) = softcap · tanh(x / softcap) if there is a cap.
-// The new keys and values are stored first. Rows are independent: a sequence's result does not depend on its neighbours.
+// Rows are independent: a sequence's result does not depend on its neighbours.
+
+#pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include <omp.h>
-
+#include "items.h"
 #include "vector.h"
 
 struct Sequence {
@@ -19,9 +20,8 @@ struct Sequence {
 
 struct Shape {
     int64_t heads, kv_heads, head_dim, block_size;
-    int64_t query_token, query_head;  // strides in elements
-    int64_t key_token, key_head;
-    int64_t value_token, value_head;
+    int64_t query_stride;  // from token to token, in elements; heads lie side by side
+    int64_t output_stride;
     int64_t table_width;
     int64_t window;  // keys that a token sees, itself included; 0: all
     float scaling, softcap;
@@ -30,9 +30,9 @@ struct Shape {
 namespace {
 
 constexpr int TILE = 4;      // rows, and keys, of a tile of scores
-constexpr int BAND = 16;     // rows of an item of work
+constexpr int ROW_BAND = 16;     // rows of an item of work
 constexpr int VECTORS = 4;   // of a tile of the output
-constexpr int AHEAD = 32;    // keys asked for before they are needed
+constexpr int KEYS_AHEAD = 32;    // keys asked for before they are needed
 
 // Where the keys and the values of one sequence and head begin, in elements from those of the layer: one division a
 // block, not one a key.
@@ -119,7 +119,8 @@ void weigh(const float* weights, int64_t stride, const T* values, const int64_t*
         for (int v = 0; v < V_COUNT; v++) store(output[r] + d + v * LANES, sums[r][v]);
 }
 
-struct Scratch {  // of a thread
+struct AttentionScratch {  // of a thread
+    std::vector<int64_t> firsts;
     std::vector<float> scores;
     std::vector<int64_t> offsets;
     std::vector<char> discarded;
@@ -127,7 +128,7 @@ struct Scratch {  // of a thread
 
 template <typename T>
 void attend(const T* query, const T* keys, const T* values, T* output, const Shape& shape, const Sequence& sequence,
-            const int32_t* table, int64_t kv_head, int64_t first, int64_t tokens, Scratch& scratch) {
+            const int32_t* table, int64_t kv_head, int64_t first, int64_t tokens, AttentionScratch& scratch) {
     const int64_t group = shape.heads / shape.kv_heads, rows = tokens * group;
     const int64_t padded_rows = (rows + TILE - 1) / TILE * TILE;
     const int64_t context = sequence.start + first + tokens;
@@ -138,21 +139,21 @@ void attend(const T* query, const T* keys, const T* values, T* output, const Sha
     scratch.discarded.resize(shape.head_dim * sizeof(T));
     find(table, context, shape, kv_head, scratch.offsets);
     const int64_t* offsets = scratch.offsets.data();
-    for (int64_t k = begin; k < begin + AHEAD; k += TILE) fetch(keys, offsets, k, context, shape.head_dim);
+    for (int64_t k = begin; k < begin + KEYS_AHEAD; k += TILE) fetch(keys, offsets, k, context, shape.head_dim);
     for (int64_t tile = 0; tile < rows; tile += TILE) {
         const T* from[TILE];
         T* to[TILE];
         for (int r = 0; r < TILE; r++) {
             const int64_t row = std::min(tile + r, rows - 1), token = sequence.row + first + row / group;
             const int64_t head = kv_head * group + row % group;
-            from[r] = query + token * shape.query_token + head * shape.query_head;
-            to[r] = tile + r < rows ? output + (token * shape.heads + head) * shape.head_dim
+            from[r] = query + token * shape.query_stride + head * shape.head_dim;
+            to[r] = tile + r < rows ? output + token * shape.output_stride + head * shape.head_dim
                                     : (T*)scratch.discarded.data();
         }
         float* scores = scratch.scores.data() + tile * stride;
         for (int64_t k = begin / TILE * TILE; k < context; k += TILE) {
             if (tile == 0) {  // keys some way ahead, and the values of these for what follows
-                fetch(keys, offsets, k + AHEAD, context, shape.head_dim);
+                fetch(keys, offsets, k + KEYS_AHEAD, context, shape.head_dim);
                 fetch(values, offsets, k, context, shape.head_dim);
             }
             score(from, keys, offsets, k, context - 1, shape.head_dim, scores, stride);
@@ -169,51 +170,23 @@ void attend(const T* query, const T* keys, const T* values, T* output, const Sha
     }
 }
 
+// What a thread does of the sequences; an item is some new tokens of one, under one head of the keys.
 template <typename T>
-void paged_attention(const T* query, const T* key, const T* value, T* keys, T* values, T* output, const Shape& shape,
-                     const Sequence* sequences, int64_t count, const int32_t* tables, int threads) {
-    const int64_t band = std::max<int64_t>(1, BAND / (shape.heads / shape.kv_heads));
-    std::vector<int64_t> firsts(count + 1);  // items before each sequence
+void paged_attention(Member& member, const T* query, const T* keys, const T* values, T* output, const Shape& shape,
+                     const Sequence* sequences, int64_t count, const int32_t* tables, AttentionScratch& scratch) {
+    const int64_t band = std::max<int64_t>(1, ROW_BAND / (shape.heads / shape.kv_heads));
+    std::vector<int64_t>& firsts = scratch.firsts;  // bands before each sequence
+    firsts.assign(count + 1, 0);
     for (int64_t s = 0; s < count; s++)
         firsts[s + 1] = firsts[s] + (sequences[s].tokens + band - 1) / band;
-    const int64_t items = firsts[count] * shape.kv_heads;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t s = 0; s < count; s++)
-            for (int64_t t = 0; t < sequences[s].tokens; t++) {
-                const int64_t position = sequences[s].start + t, token = sequences[s].row + t;
-                const int64_t block = tables[s * shape.table_width + position / shape.block_size];
-                const int64_t slot = block * shape.block_size + position % shape.block_size;
-                for (int64_t h = 0; h < shape.kv_heads; h++) {
-                    const int64_t at = (slot * shape.kv_heads + h) * shape.head_dim;
-                    memcpy(keys + at, key + token * shape.key_token + h * shape.key_head, shape.head_dim * sizeof(T));
-                    memcpy(values + at, value + token * shape.value_token + h * shape.value_head,
-                           shape.head_dim * sizeof(T));
-                }
-            }
-        Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < items; item++) {
-            const int64_t head = item % shape.kv_heads, index = item / shape.kv_heads;
-            const int64_t s = std::upper_bound(firsts.begin(), firsts.end(), index) - firsts.begin() - 1;
-            const int64_t first = (index - firsts[s]) * band;
-            attend<T>(query, keys, values, output, shape, sequences[s], tables + s * shape.table_width, head, first,
-                      std::min<int64_t>(band, sequences[s].tokens - first), scratch);
-        }
+    Items items(member, firsts[count] * shape.kv_heads);
+    for (int64_t item; (item = items.take()) >= 0;) {
+        const int64_t head = item % shape.kv_heads, index = item / shape.kv_heads;
+        const int64_t s = std::upper_bound(firsts.begin(), firsts.end(), index) - firsts.begin() - 1;
+        const int64_t first = (index - firsts[s]) * band;
+        attend<T>(query, keys, values, output, shape, sequences[s], tables + s * shape.table_width, head, first,
+                  std::min<int64_t>(band, sequences[s].tokens - first), scratch);
     }
 }
 
 }  // namespace
-
-extern "C" void paged_attention_float(const float* query, const float* key, const float* value, float* keys,
-                                      float* values, float* output, const Shape* shape, const Sequence* sequences,
-                                      int64_t count, const int32_t* tables, int threads) {
-    paged_attention(query, key, value, keys, values, output, *shape, sequences, count, tables, threads);
-}
-
-extern "C" void paged_attention_bf16(const bf16* query, const bf16* key, const bf16* value, bf16* keys, bf16* values,
-                                     bf16* output, const Shape* shape, const Sequence* sequences, int64_t count,
-                                     const int32_t* tables, int threads) {
-    paged_attention(query, key, value, keys, values, output, *shape, sequences, count, tables, threads);
-}

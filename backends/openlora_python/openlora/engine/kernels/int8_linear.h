@@ -8,14 +8,15 @@
 //
 // vpdpbusd multiplies unsigned by signed bytes: weights are kept as w + 128, and every sum starts at −128 · Σ q.
 // They lie in panels of 32 channels, [channels / 32, ⌈features / 4⌉, 32, 4], so that memory is read once, in order.
+// `scales` and `bias` are padded to whole panels, as the weights are.
+
+#pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <utility>
 
-#include <omp.h>
-
+#include "items.h"
 #include "vector.h"
 
 #define INLINE __attribute__((always_inline)) inline
@@ -24,9 +25,8 @@ typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 namespace {
 
-constexpr int PANEL = 2 * LANES;  // channels
+constexpr int INT8_PANEL = 2 * LANES;  // channels
 constexpr int GROUP = 4;          // products that a 32-bit lane adds up
-constexpr int64_t PARALLEL_ELEMENTS = 1 << 16;  // below, a second thread costs more than it saves
 constexpr int ROWS = 8;           // rows of integers times a panel at once: 16 sums, enough to hide their latency
 
 template <int PARTS>
@@ -103,8 +103,8 @@ template <typename T>
 struct Panel {
     const uint8_t* weight;
     int64_t padded;       // features
-    const float* scales;  // [PANEL]
-    const float* bias;    // [PANEL]
+    const float* scales;  // [INT8_PANEL]
+    const float* bias;    // [INT8_PANEL]
     T* output;            // of the first token here
     int64_t stride;
     int64_t channels;  // of the panel that exist
@@ -149,7 +149,7 @@ void multiply(std::integer_sequence<int, ROW...>, const int8_t* rows, const floa
     const uint8_t *weight = panel.weight, *next = panel.next;
     const int64_t steps = panel.padded / GROUP;
     int64_t due = 0;
-    for (int64_t k = 0; k < panel.padded; k += GROUP, weight += PANEL * GROUP) {
+    for (int64_t k = 0; k < panel.padded; k += GROUP, weight += INT8_PANEL * GROUP) {
         for (due += panel.lines; due >= steps; due -= steps, next += 64) __builtin_prefetch(next, 0, 2);
         words left = load_as<words>(weight), right = load_as<words>(weight + sizeof(words));
         ((dot4(sums[ROW][0], left, load_group(rows + ROW * panel.padded + k)),
@@ -172,59 +172,46 @@ Multiply<T, PARTS> multiply_of(std::integer_sequence<int, BEFORE...>, int64_t to
     return by_tokens[tokens - 1];
 }
 
+// The integers of some tokens.
+struct Quantized {
+    int8_t* rows;     // [tokens, parts, padded]
+    int32_t* starts;  // [tokens, parts]
+    float* scales;    // [tokens]
+};
+
+inline int64_t padded_features(int64_t features) { return (features + GROUP - 1) / GROUP * GROUP; }
+
 template <typename T, int PARTS>
-void linear(const T* input, int64_t input_stride, const uint8_t* weight, const float* scales, const float* bias,
-            T* output, int64_t tokens, int64_t features, int64_t channels, int threads) {
-    constexpr int TOKENS = ROWS / PARTS;
-    const int64_t padded = (features + GROUP - 1) / GROUP * GROUP;
-    const int64_t panels = (channels + PANEL - 1) / PANEL;
-    const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;  // of nearly equal size: 9 tokens as 4 + 5, not 8 + 1
-    std::unique_ptr<int8_t[]> rows(new int8_t[tokens * PARTS * padded]);
-    std::unique_ptr<int32_t[]> starts(new int32_t[tokens * PARTS]);
-    std::unique_ptr<float[]> token_scales(new float[tokens]);
-#pragma omp parallel for num_threads(threads) if (tokens * features >= PARALLEL_ELEMENTS)
-    for (int64_t token = 0; token < tokens; token++)
-        quantize<T, PARTS>(input + token * input_stride, features, padded, &rows[token * PARTS * padded],
-                           &token_scales[token], &starts[token * PARTS]);
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-        const int64_t last = panels * (thread + 1) / team;
-        for (int64_t index = panels * thread / team; index < last; index++) {
-            const int64_t channel = index * PANEL;
-            // The next panel arrives from memory while this one is computed with: a share in each block.
-            const int64_t lines = index + 1 < last ? PANEL * padded / 64 : 0;
-            for (int64_t block = 0; block < blocks; block++) {
-                const int64_t token = tokens * block / blocks, end = tokens * (block + 1) / blocks;
-                const int64_t from = lines * block / blocks, to = lines * (block + 1) / blocks;
-                multiply_of<T, PARTS>(std::make_integer_sequence<int, TOKENS>{}, end - token)(
-                    &rows[token * PARTS * padded], &token_scales[token], &starts[token * PARTS],
-                    {weight + channel * padded, padded, scales + channel, bias + channel,
-                     output + token * channels + channel, channels, std::min<int64_t>(PANEL, channels - channel),
-                     weight + (channel + PANEL) * padded + 64 * from, to - from});
-            }
-        }
-    }
+void quantize_rows(Items items, const T* input, int64_t stride, int64_t features, const Quantized& quantized) {
+    const int64_t padded = padded_features(features);
+    for (int64_t token; (token = items.take()) >= 0;)
+        quantize<T, PARTS>(input + token * stride, features, padded, quantized.rows + token * PARTS * padded,
+                           quantized.scales + token, quantized.starts + token * PARTS);
 }
 
-template <typename T>
-void linear(const T* input, int64_t input_stride, const uint8_t* weight, const float* scales, const float* bias,
-            T* output, int64_t tokens, int64_t features, int64_t channels, int parts, int threads) {
-    (parts == 1 ? linear<T, 1> : linear<T, 2>)(input, input_stride, weight, scales, bias, output, tokens, features,
-                                               channels, threads);
+// What a thread does of the panels, for all tokens; as linear_panels.
+template <typename T, int PARTS>
+void int8_panels(Items items, const Quantized& quantized, const uint8_t* weight, const float* scales, const float* bias,
+                 T* output, int64_t output_stride, int64_t tokens, int64_t features, int64_t channels,
+                 const char* following, int64_t following_lines) {
+    constexpr int TOKENS = ROWS / PARTS;
+    const int64_t padded = padded_features(features);
+    const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;  // of nearly equal size: 9 tokens as 4 + 5, not 8 + 1
+    take_each(items, [&](int64_t item, int64_t next) {
+        const int64_t channel = item * INT8_PANEL;
+        // The next panel arrives from memory while this one is computed with: a share in each block.
+        const uint8_t* ahead = next < 0 ? (const uint8_t*)following : weight + next * INT8_PANEL * padded;
+        const int64_t lines = next < 0 ? following_lines : INT8_PANEL * padded / 64;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t token = tokens * block / blocks, end = tokens * (block + 1) / blocks;
+            const int64_t from = lines * block / blocks, to = lines * (block + 1) / blocks;
+            multiply_of<T, PARTS>(std::make_integer_sequence<int, TOKENS>{}, end - token)(
+                quantized.rows + token * PARTS * padded, quantized.scales + token, quantized.starts + token * PARTS,
+                {weight + channel * padded, padded, scales + channel, bias + channel,
+                 output + token * output_stride + channel, output_stride,
+                 std::min<int64_t>(INT8_PANEL, channels - channel), ahead + 64 * from, to - from});
+        }
+    });
 }
 
 }  // namespace
-
-// `scales` and `bias` are padded to whole panels, as `weight` is; `output` is [tokens, channels].
-extern "C" void int8_linear_float(const float* input, int64_t input_stride, const uint8_t* weight, const float* scales,
-                                  const float* bias, float* output, int64_t tokens, int64_t features, int64_t channels,
-                                  int parts, int threads) {
-    linear(input, input_stride, weight, scales, bias, output, tokens, features, channels, parts, threads);
-}
-
-extern "C" void int8_linear_bf16(const bf16* input, int64_t input_stride, const uint8_t* weight, const float* scales,
-                                 const float* bias, bf16* output, int64_t tokens, int64_t features, int64_t channels,
-                                 int parts, int threads) {
-    linear(input, input_stride, weight, scales, bias, output, tokens, features, channels, parts, threads);
-}
