@@ -8,11 +8,14 @@ import math
 import pytest
 import torch
 from held_out import held_out_texts, judge
+from native_operations import compute
 from parity import Oracle
 from tiny_models import FAMILIES, VOCAB, Engine, make_adapter, make_model, make_prompt, projections, use
 from torch import nn
 
 from openlora.engine import quantization
+from openlora.engine.kernels import kernels_for
+from openlora.engine.lora import LoraPair, Member, NativeLora, Segment, TorchLora, WeightedAdapter
 from openlora.engine.quantization import Int8Linear, TorchaoLinear, kept_file, pack_int8, quantize
 from openlora.errors import UnsupportedModel
 
@@ -27,8 +30,14 @@ def make_linears(mode: str, features: int, channels: list[int], dtype: torch.dty
     return linears
 
 
+def pack(linears: nn.ModuleList) -> Int8Linear:
+    native = kernels_for(linears[0].weight.dtype, torch.device("cpu"))
+    assert native is not None, "there is no native library to test"
+    return pack_int8(linears, native)
+
+
 def reference(linears: nn.ModuleList, inputs: torch.Tensor, mode: str) -> torch.Tensor:
-    """The formula at the head of kernels/int8_linear.cpp; the sums are exact in float64."""
+    """The formula at the head of kernels/int8_linear.h; the sums are exact in float64."""
     weight = torch.cat([linear.weight.qdata for linear in linears])
     weight_scale = torch.cat([linear.weight.scale for linear in linears]).flatten()
     largest = 127 if mode == "int8" else 32639
@@ -48,8 +57,7 @@ def reference(linears: nn.ModuleList, inputs: torch.Tensor, mode: str) -> torch.
 def test_the_kernel_is_exact(mode, dtype, features, channels):
     """Whatever the shape: features that fill no group, channels that fill no panel, one row to several blocks."""
     linears = make_linears(mode, features, channels, dtype, bias=features != 64)
-    packed = pack_int8(linears)
-    assert isinstance(packed, Int8Linear), "there is no native library to test"
+    packed = pack(linears)
     for rows in (0, 1, 3, 8, 9, 21):
         inputs = torch.randn(rows, features, dtype=dtype)
         expected = reference(linears, inputs, mode)
@@ -59,7 +67,7 @@ def test_the_kernel_is_exact(mode, dtype, features, channels):
 @pytest.mark.parametrize("mode", QUANTIZED)
 def test_inputs_of_any_layout(mode):
     linears = make_linears(mode, 32, [40], torch.float32)
-    packed = pack_int8(linears)
+    packed = pack(linears)
     wide = torch.randn(2, 5, 64)
     expected = reference(linears, wide[..., :32].contiguous(), mode)
     assert torch.equal(packed(wide[..., :32]), packed(wide[..., :32].contiguous()))
@@ -71,24 +79,43 @@ def test_inputs_of_any_layout(mode):
 @pytest.mark.parametrize("mode", QUANTIZED)
 def test_a_row_depends_on_no_other_and_on_no_thread(mode):
     linears = make_linears(mode, 100, [70], torch.float32)
-    packed = pack_int8(linears)
+    packed = pack(linears)
     inputs = torch.randn(23, 100) * torch.logspace(-6, 6, 23)[:, None]
     together = packed(inputs)
     for row in range(len(inputs)):
         assert torch.equal(packed(inputs[row : row + 1])[0], together[row])
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(packed(inputs), together)
-    finally:
-        torch.set_num_threads(threads)
+    packed._kernels.threads = 3
+    assert torch.equal(packed(inputs), together)
+
+
+@pytest.mark.parametrize("mode", QUANTIZED)
+@pytest.mark.parametrize("rows", [1, 23, 500])
+def test_adapters_beside_are_what_is_added_to_the_result(mode, rows):
+    """In 16-bit products over the inputs as they came; in more rows than are made integers at once, too."""
+    members = [Member("one", 0, 40), Member("two", 40, 30)]
+    linears = make_linears(mode, 100, [40, 30], torch.float32)
+    packed = pack(linears)
+    packed._kernels.threads = 3
+    inputs, outputs = torch.randn(rows, 100), torch.empty(rows, 70)
+    pairs = {member.name: LoraPair(torch.randn(5, 100), torch.randn(member.columns, 5), 0.5) for member in members}
+    native, plain = NativeLora([members]), TorchLora([members])
+    expected = packed(inputs)
+    for lora in (native, plain):
+        half = rows // 2
+        use = WeightedAdapter(lora.prepare("a", pairs), 0.7)
+        lora.begin([Segment(use, 0, half), Segment(WeightedAdapter(use.adapter, -1.1), half, rows)])
+    plain.add(0, inputs[None], expected[None])
+    operation = packed.operation.copy()
+    operation["group"] = 0
+    compute(packed._kernels, operation, [inputs, outputs], lora=native, quantized_bytes=packed.quantized_bytes)
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", QUANTIZED)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 33])
 def test_a_row_that_is_not_finite_stays_alone(mode, bad, place):
-    packed = pack_int8(make_linears(mode, 34, [40], torch.float32))
+    packed = pack(make_linears(mode, 34, [40], torch.float32))
     inputs = torch.randn(3, 34)
     clean = packed(inputs)
     inputs[1, place] = bad
@@ -98,7 +125,7 @@ def test_a_row_that_is_not_finite_stays_alone(mode, bad, place):
 
 
 def test_zeros_and_tiny_rows():
-    packed = pack_int8(make_linears("int8", 32, [32], torch.float32, bias=False))
+    packed = pack(make_linears("int8", 32, [32], torch.float32, bias=False))
     inputs = torch.randn(1, 32)
     assert torch.equal(packed(torch.zeros(2, 32)), torch.zeros(2, 32))
     torch.testing.assert_close(packed(inputs * 2**-60), packed(inputs) * 2**-60, rtol=1e-5, atol=0)
@@ -122,7 +149,7 @@ def test_torchao_computes_the_same(mode, dtype):
 def test_without_a_kernel_torchao_runs_and_the_log_says_so(caplog):
     with caplog.at_level(logging.WARNING):
         linears = make_linears("int8", 16, [16], torch.float16)
-    assert isinstance(pack_int8(linears), TorchaoLinear)
+    assert isinstance(pack_int8(linears, None), TorchaoLinear)
     assert "int8 has no native kernel here (torch.float16)" in caplog.text
 
 
@@ -143,7 +170,7 @@ def test_weights_are_quantized_once(tmp_path, caplog):
     assert "made by torchao" in caplog.text
     second = start("int8")
     assert "read from" in caplog.text
-    assert torch.equal(pack_int8([first[0]])(inputs), pack_int8([second[0]])(inputs))
+    assert torch.equal(pack([first[0]])(inputs), pack([second[0]])(inputs))
     assert torch.equal(first[0](inputs), second[0](inputs))
     assert torch.equal(first[1].weight.qdata, start("int8-weight-only")[1].weight.qdata)
     assert "read from" in caplog.text
