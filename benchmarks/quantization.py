@@ -90,7 +90,7 @@ def start(quantization: str, model: Path, kept: Path, threads: int) -> Worker:
         threads=threads,
         options={"quantization": quantization, "quantized_dir": str(kept)},
     )
-    as_served = {"GOMP_SPINCOUNT": "30000"}
+    as_served = {"GOMP_SPINCOUNT": "1000"}
     log = kept / f"{quantization}.log"
     return Worker(Path(sys.executable), PEERS / "worker_openlora.py", settings, as_served, log)
 

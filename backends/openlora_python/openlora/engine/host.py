@@ -23,6 +23,8 @@ from .api import Engine, EngineOutput, EngineRequest
 from .wire import Cancel, EngineConfig, Hello, Outputs, Report, Submit, ToEngine, Welcome
 
 REPORT_SECONDS = 1.0
+# Where the engine computes on the CPU, tritonserver and its stubs share its cores: they have little to do, at once.
+NICENESS = 5
 
 
 class EngineHost:
@@ -160,6 +162,7 @@ def load_engine(config: EngineConfig) -> Engine:
 def main() -> None:
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineConfig)
     exit_with(config.launcher_pid)
+    os.nice(NICENESS)  # before any thread is made
     EngineHost(load_engine(config), config).run()
 
 

@@ -28,7 +28,7 @@ from .status import StatusReporter
 
 RECEIPT_SECONDS = 5.0  # how long an answer waits for a receipt that the log can't take
 TAIL_SECONDS = 0.2  # how often the journal is looked at when nobody waits for a receipt
-LOOK_SECONDS = 0.2  # how often a coalesced response asks whether its client is gone; others always do
+LOOK_SECONDS = 0.35  # how often a coalesced response asks whether its client is gone; others always do
 REMEMBERED_REQUESTS = 100_000  # finished ones whose chunks are refused if they come again
 
 log = logging.getLogger(__name__)
