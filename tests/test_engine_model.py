@@ -10,6 +10,7 @@ import torch
 from tiny_models import FAMILIES, make_adapter, make_model, make_prompt, projections
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from openlora.engine import attention, decoder_plan, kernels
 from openlora.engine.adapter_file import AdapterReader
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.lora import WeightedAdapter
@@ -147,15 +148,27 @@ def test_the_self_check_passes_and_can_fail(paged):
         check(paged.model, tokens, expected)
 
 
-def test_the_engine_refuses_a_model_whose_attention_it_would_get_wrong(tmp_path, monkeypatch):
-    """A scaling that the model does not pass on is what an unknown architecture looks like."""
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_the_engine_refuses_a_model_whose_attention_it_would_get_wrong(tmp_path, monkeypatch, native):
+    """A scaling that the engine reads wrongly is what an unknown architecture looks like."""
     model_dir = make_model(tmp_path / "model", "llama")
-    from openlora.engine import attention
+    if native:
+        right = decoder_plan._Planner._attention
 
-    right = attention.paged_attention
-    monkeypatch.setattr(
-        attention, "paged_attention", lambda *args, scaling, **rest: right(*args, scaling=scaling * 1.1, **rest)
-    )
+        def wrong(*args):
+            operation = right(*args)
+            operation["scaling"] *= 1.1
+            return operation
+
+        monkeypatch.setattr(decoder_plan._Planner, "_attention", wrong)
+    else:
+        monkeypatch.setattr(kernels, "_load", lambda: None)
+        through_torch = attention.paged_attention
+        monkeypatch.setattr(
+            attention,
+            "paged_attention",
+            lambda *args, scaling, **rest: through_torch(*args, scaling=scaling * 1.1, **rest),
+        )
     with pytest.raises(UnsupportedModel, match="self-check failed"):
         TorchEngine(model_dir, "0" * 64, device="cpu")
 
