@@ -14,7 +14,8 @@ import pytest
 from live_server import LiveServer
 from parity import GAP, Oracle
 from raw_calls import ask, running
-from transformers import AutoTokenizer
+from tiny_models import VOCAB, make_adapter, make_model, make_prompt
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from openlora.adapters.commands import adapters_app
@@ -22,6 +23,7 @@ from openlora_client import AsyncOpenLoRAClient
 
 NAME = "moved"
 MAX_TOKENS = 24
+LONG_TOKENS = 200
 PROMPTS = 4
 IN_FLIGHT = 16
 
@@ -55,45 +57,61 @@ class Moved:
 
 
 @pytest.fixture(scope="module")
-def moved(server: LiveServer, demo: Path, demo_adapters: list[str], prompts: list[str]) -> Iterator[Moved]:
-    folders = [demo / "adapters" / name for name in demo_adapters[:2]]
-    oracle = Oracle(str(demo / "model"), {folder.name: str(folder) for folder in folders})
-    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
-    eos = json.loads((demo / "model" / "config.json").read_text())["eos_token_id"]
-    chosen: dict[str, list[list[int]]] = {}
-    for prompt in prompts:
-        ids = tokenizer(prompt).input_ids
-        answers = [oracle.greedy(ids, ((folder.name, 1.0),), MAX_TOKENS, [eos]) for folder in folders]
-        if answers[0].ids != answers[1].ids and all(min(answer.gaps) >= GAP for answer in answers):
-            chosen[prompt] = [answer.ids for answer in answers]
-        if len(chosen) == PROMPTS:
-            break
-    assert len(chosen) == PROMPTS
-    case = Moved(server, {}, list(chosen), {})
-    for version, folder in enumerate(folders, start=1):
-        added = json.loads(case.cli("add", str(folder), "--name", NAME, "--json"))
-        assert added["version"] == version
-        case.digests[version] = added["digest"]
-        case.expected.update({(version, prompt): ids[version - 1] for prompt, ids in chosen.items()})
-    yield case
-    case.cli("remove", NAME)
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moved]:
+    root = tmp_path_factory.mktemp("moved")
+    model = Path(make_model(root / "model"))
+    save_tokenizer(model)
+    folders = [
+        make_adapter(str(model), root / str(version), version, r=4, target_modules=["q_proj", "v_proj"])
+        for version in (1, 2)
+    ]
+    prompts, expected = asked_of(Oracle(str(model), dict(zip("12", folders, strict=True))))
+    settings = {"engine": {"dtype": "float32", "threads": 1, "kv_cache_tokens": 8192}}
+    server = LiveServer(model, None, root / "state", [], settings)
+    try:
+        case = Moved(server.start(), {}, prompts, expected)
+        for folder in folders:
+            added = json.loads(case.cli("add", folder, "--name", NAME, "--json"))
+            case.digests[added["version"]] = added["digest"]
+        yield case
+    finally:
+        server.stop()
+
+
+def save_tokenizer(directory: Path) -> None:
+    """One word a token, so that any token ids can be asked for as text."""
+    tokenizer = Tokenizer(models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def asked_of(oracle: Oracle) -> tuple[list[str], dict[tuple[int, str], list[int]]]:
+    """Prompts that both versions answer, each in its own way, without a tie; and the answers by version and prompt."""
+    expected: dict[tuple[int, str], list[int]] = {}
+    prompts: list[str] = []
+    for seed in itertools.count():
+        ids = make_prompt(seed, 6 + seed % 10)
+        one, two = (oracle.greedy(ids, ((version, 1.0),), MAX_TOKENS) for version in "12")
+        if one.ids != two.ids and min(one.gaps + two.gaps) >= GAP:
+            prompts.append(" ".join(f"t{token}" for token in ids))
+            expected.update({(1, prompts[-1]): one.ids, (2, prompts[-1]): two.ids})
+        if len(prompts) == PROMPTS:
+            return prompts, expected
 
 
 def test_a_request_in_flight_keeps_its_version_and_the_next_one_gets_the_new(moved: Moved) -> None:
     moved.use(1)
-    prompt = moved.prompts[0]
-    in_flight = running(moved.server, "in flight", tokens=200, adapters=NAME, text_input=prompt)
+    prompt, greedy = moved.prompts[0], {"temperature": 0, "ignore_eos": True}
+    in_flight = running(moved.server, "in flight", tokens=LONG_TOKENS, adapters=NAME, text_input=prompt)
     moved.use(2)
-    asked_after = ask(moved.server, prompt, {"temperature": 0, "max_tokens": MAX_TOKENS}, adapters=NAME)
+    after = ask(moved.server, prompt, {**greedy, "max_tokens": MAX_TOKENS}, adapters=NAME)
     before = in_flight.wait()
-    assert len(before.token_ids) == 200
-    assert before.token_ids[:MAX_TOKENS] == moved.expected[1, prompt]
-    assert moved.version_of(before.receipt) == 1
-    assert asked_after.token_ids == moved.expected[2, prompt]
-    assert moved.version_of(asked_after.receipt) == 2
-    exactly = json.dumps([{"name": NAME, "version": moved.digests[1][:12]}])
-    again = ask(moved.server, prompt, {"temperature": 0, "max_tokens": 200, "ignore_eos": True}, adapters=exactly)
-    assert again.token_ids == before.token_ids
+    assert moved.check(prompt, before.token_ids[:MAX_TOKENS], before.receipt) == 1
+    assert moved.check(prompt, after.token_ids, after.receipt) == 2
+    first = json.dumps([{"name": NAME, "version": moved.digests[1][:12]}])
+    whole = ask(moved.server, prompt, {**greedy, "max_tokens": LONG_TOKENS}, adapters=first)
+    assert len(whole.token_ids) == LONG_TOKENS
+    assert before.token_ids == whole.token_ids
 
 
 async def test_answers_are_those_of_their_receipts_while_a_name_moves(moved: Moved) -> None:
@@ -118,7 +136,7 @@ async def move_under_load(moved: Moved, requests: int, moves: int) -> None:
 
         async def version_asked(number: int) -> int:
             prompt = moved.prompts[number % PROMPTS]
-            how = {"adapters": NAME, "max_tokens": MAX_TOKENS, "temperature": 0}
+            how = {"adapters": NAME, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
             if number % 2:
                 answer = await client.generate(prompt, **how)
                 return moved.check(prompt, answer.token_ids, answer.receipt)
