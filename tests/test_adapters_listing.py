@@ -53,7 +53,7 @@ def listed(state, *arguments):
 
 
 def names_in(text):
-    return [line.split()[0] for line in text.splitlines() if line.startswith("poet-")]
+    return [line.split()[0] for line in text.splitlines() if line.strip().startswith("poet-")]
 
 
 def test_a_pipe_and_json_get_everything(many):
@@ -125,8 +125,8 @@ def test_use_moves_a_name_and_list_and_show_say_where_it_is(state):
     assert (tree["version"], tree["current"]) == (1, True)
     assert json.loads(run(state, "show", "poet", "--version", 3, "--json").stdout)["current"] is False
     assert json.loads(run(state, "use", "poet", "2" * 8, "--json").stdout)["version"] == 2
-    (line,) = [line for line in run(state, "list").stdout.splitlines() if " 2 current " in line]
-    assert line.startswith("poet")
+    lines = [line.split() for line in run(state, "list").stdout.splitlines()]
+    assert [line[:2] for line in lines if "current" in line] == [["cook", "1"], ["poet", "2"]]
     assert "poet version 3 is current now" in run(state, "remove", "poet", "--version", 2).stdout
 
 
