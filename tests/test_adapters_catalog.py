@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader, check_name
+from openlora.adapters.catalog_rows import AdapterFilter, Page
 from openlora.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 
 BASE = BaseFacts("/models/base", "b" * 64, 64)
@@ -47,6 +48,144 @@ def test_new_bytes_are_a_new_version_and_the_same_bytes_are_not(catalog, reader)
     assert reader.lookup("poet") == second
     assert reader.lookup("poet", 1) == first
     assert reader.records() == [first, second]
+
+
+def test_use_moves_a_name_to_any_ready_version(catalog, reader):
+    for number in (1, 2, 3):
+        catalog.put(a_record(digest=str(number) * 64))
+    assert reader.lookup("poet").version == 3
+    moved = catalog.use("poet", 1)
+    assert (moved.version, moved.current) == (1, True)
+    assert reader.lookup("poet") == moved
+    assert [(record.version, record.current) for record in reader.records()] == [(1, True), (2, False), (3, False)]
+    assert reader.lookup("poet", 3).current is False
+    assert catalog.use("poet", "22222222").version == reader.lookup("poet").version == 2
+    assert catalog.use("poet", "2").version == 2
+    catalog.put(a_record(digest="4" * 64))
+    assert reader.lookup("poet").version == 4
+
+
+def test_a_name_can_not_move_to_what_does_not_answer(catalog, reader):
+    catalog.put(a_record(status="quarantined", reason="holds NaN"))
+    catalog.put(a_record(digest="2" * 64, rank=32))
+    catalog.put(a_record(digest="3" * 64))
+    with pytest.raises(AdapterInvalid, match="adapter poet version 1: holds NaN"):
+        catalog.use("poet", 1)
+    for version in (4, "4", "abcdef012"):
+        with pytest.raises(AdapterNotFound):
+            catalog.use("poet", version)
+    with pytest.raises(InvalidArgument, match="neither a number nor"):
+        catalog.use("poet", "latest")
+    with pytest.raises(AdapterNotFound, match="no adapter 'nobody'"):
+        catalog.use("nobody", 1)
+    catalog.set_base(replace(BASE, max_rank=16))
+    with pytest.raises(AdapterInvalid, match="rank 32 is over the limit of 16"):
+        catalog.use("poet", 2)
+    assert reader.lookup("poet").version == 3
+
+
+def test_bytes_that_are_known_do_not_move_a_name(catalog, reader):
+    """What the name means already, by hand; whatever came from a directory last, when its server starts again."""
+    for origin, digest in (("/adapters", "1"), ("", "2"), ("/adapters", "3")):
+        catalog.put(a_record(digest=digest * 64, origin=origin))
+    catalog.use("poet", 1)
+    assert catalog.put(a_record())[1] == "unchanged"
+    stored, change = catalog.put(a_record(digest="3" * 64, origin="/adapters"))
+    assert (stored.version, stored.current, change) == (3, False, "unchanged")
+    stored, change = catalog.put(a_record(digest="2" * 64, origin="/other"))
+    assert (stored.version, stored.origin, change) == (2, "", "unchanged")
+    assert reader.lookup("poet").version == 1
+    stored, change = catalog.put(a_record(digest="2" * 64))  # by hand, and not what the name means
+    assert (stored.version, stored.current, change) == (4, True, "added")
+
+
+def test_a_pin_is_of_the_name_and_shows_on_its_current_version(catalog, reader):
+    catalog.put(a_record(digest="1" * 64))
+    catalog.put(a_record("cook"))
+    catalog.pin("poet")
+    catalog.pin("poet")
+    assert reader.lookup("poet").pinned
+    assert not reader.lookup("cook").pinned
+    stored, _ = catalog.put(a_record(digest="2" * 64))
+    assert stored.pinned
+    assert [(record.version, record.pinned) for record in reader.page(AdapterFilter(pinned=True)).records] == [
+        (1, False),
+        (2, True),
+    ]
+    catalog.use("poet", 1)
+    assert (reader.lookup("poet").pinned, reader.lookup("poet", 2).pinned) == (True, False)
+    catalog.pin("poet", False)
+    assert not any(record.pinned for record in reader.records())
+    for pinned in (True, False):
+        with pytest.raises(AdapterNotFound, match="no adapter 'nobody'"):
+            catalog.pin("nobody", pinned)
+
+
+def test_removing_the_current_version_leaves_the_newest_of_the_others(catalog, reader):
+    for number in (1, 2, 3):
+        catalog.put(a_record(digest=str(number) * 64))
+    catalog.use("poet", 1)
+    catalog.pin("poet")
+    catalog.remove("poet", 3)
+    assert reader.lookup("poet").version == 1
+    catalog.remove("poet", 1)
+    assert (reader.lookup("poet").version, reader.lookup("poet").pinned) == (2, True)
+    catalog.remove("poet")
+    with pytest.raises(AdapterNotFound):
+        catalog.pin("poet")
+    catalog.put(a_record(digest="2" * 64))
+    assert (reader.lookup("poet").version, reader.lookup("poet").pinned) == (4, False)
+
+
+def test_what_a_directory_no_longer_has_is_removed_at_once(catalog, reader):
+    for name, origin in (("poet", "/a"), ("cook", "/a"), ("bard", "/b"), ("cook", "")):
+        catalog.put(a_record(name, digest=f"{len(origin) + len(name):064x}", origin=origin))
+    gone = catalog.remove_absent("/a", {"poet"})
+    assert [(record.name, record.version) for record in gone] == [("cook", 1)]
+    assert [(record.name, record.version) for record in reader.records()] == [("bard", 1), ("cook", 2), ("poet", 1)]
+    assert catalog.remove_absent("/a", {"poet"}) == []
+
+
+def test_pages_hold_all_versions_of_their_names(catalog, reader):
+    names = [f"poet-{number:02}" for number in range(10)]
+    for number, name in enumerate(names):
+        for version in range(1 + number % 3):
+            catalog.put(a_record(name, digest=f"{version:064x}"))
+    pages, after, more = [], "", True
+    while more:
+        page = reader.page(after=after, limit=4)
+        pages.append(page.records)
+        after, more = page.records[-1].name, page.more
+    assert [len({record.name for record in page}) for page in pages] == [4, 4, 2]
+    assert [record for page in pages for record in page] == reader.records()
+    assert reader.page(after="poet-09", limit=4) == Page([], False)
+    assert reader.page(limit=10) == Page(reader.records(), False)
+    assert [record.name for record in reader.page(after="poet-085").records] == ["poet-09"]
+
+
+def test_filters(catalog, reader):
+    catalog.put(a_record("poet", target_modules=("q_proj", "v_proj")))
+    catalog.put(a_record("poet", digest="2" * 64, rank=32, target_modules=("down_proj",)))
+    catalog.put(a_record("Poet"))
+    catalog.put(a_record("cook", status="quarantined", reason="holds NaN"))
+    catalog.put(a_record("bard", base="a" * 64))
+    catalog.pin("cook")
+
+    def found(**wanted):
+        return [(record.name, record.version) for record in reader.page(AdapterFilter(**wanted)).records]
+
+    assert found(name="po*") == [("poet", 1), ("poet", 2)]
+    assert found(name="?o[eo]?") == [("Poet", 1), ("cook", 1), ("poet", 1), ("poet", 2)]
+    assert found(name="o") == found(target="q_pro") == []
+    assert found(target="v_proj") == [("poet", 1)]
+    assert found(status="quarantined") == [("bard", 1), ("cook", 1)]
+    assert found(status="ready", current=True) == [("Poet", 1), ("poet", 2)]
+    assert found(pinned=True) == [("cook", 1)]
+    assert found(pinned=True, status="ready") == []
+    assert reader.page(AdapterFilter(target="down_proj"), limit=1).more is False
+    catalog.set_base(replace(BASE, max_rank=16))
+    assert found(status="quarantined") == [("bard", 1), ("cook", 1), ("poet", 2)]
+    assert reader.names() == ["Poet"]
 
 
 def test_going_back_to_older_bytes_is_a_version_too(catalog, reader):
@@ -149,18 +288,52 @@ def test_an_open_reader_sees_another_process_write(path, catalog, reader):
     assert reader.lookup("poet").version == 1
 
 
-def test_an_unchanged_catalog_is_not_read_again(catalog, reader):
-    catalog.put(a_record())
-    before = reader.lookup("poet")
+def test_a_lookup_is_one_query_however_much_there_is(catalog, reader):
+    """It finds its row by the primary keys: no scan, and no other row is touched."""
+    for number in range(3):
+        catalog.put(a_record(f"poet-{number}"))
     statements = []
     reader._connection.set_trace_callback(statements.append)
-    assert reader.lookup("poet") is before
-    catalog.put(a_record())  # no change, so nothing is written
-    assert reader.lookup("poet") is before
-    assert statements == ["PRAGMA data_version"] * 2
-    catalog.put(a_record("cook"))
-    reader.lookup("poet")
-    assert len(statements) > 3
+    reader.lookup("poet-1")
+    reader._connection.set_trace_callback(None)
+    (statement,) = statements
+    plan = [row[3] for row in catalog._connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+    assert len(plan) == 3
+    assert all(step.startswith("SEARCH ") for step in plan)
+
+
+BUSY_WRITER = """
+import sys
+from pathlib import Path
+from openlora.adapters.catalog import *
+with Catalog(Path(sys.argv[1])) as catalog:
+    for version in range(1, 201):
+        catalog.put(AdapterRecord("poet", 0, f"{version:064x}", 8, "ready", "", {"is": version}, base="b" * 64))
+        if version == 1:
+            sys.stdin.readline()
+        if version % 10 == 0:
+            catalog.use("poet", version - 5)
+"""
+
+
+def test_a_reader_beside_a_busy_writer_sees_only_whole_versions(path, catalog, reader):
+    command = [sys.executable, "-c", BUSY_WRITER, str(path)]
+    seen = set()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as writer:
+        while (running := writer.poll() is None) or 195 not in seen:
+            assert running or writer.returncode == 0
+            try:
+                record = reader.lookup("poet")
+            except AdapterNotFound:
+                assert not seen
+                continue
+            assert (int(record.digest, 16), record.card["is"]) == (record.version, record.version)
+            if not seen:
+                writer.stdin.write("go on\n")
+                writer.stdin.flush()
+            seen.add(record.version)
+    assert {1, 195} <= seen <= set(range(1, 201))
+    assert [record.version for record in reader.records() if record.current] == [195]
 
 
 def test_a_reader_can_not_write_and_needs_a_catalog(path, tmp_path, reader):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -123,12 +124,15 @@ def test_a_rewritten_source_does_not_change_the_copy(state, base, adapters):
 
 
 def test_the_same_again_changes_nothing_and_does_not_copy(state, base, adapters):
+    def found():  # the files' times are noted as soon as they are old enough
+        return [replace(record, source_state="") for record in records(state)], in_cache(state)
+
     first = sync_directory(adapters, state, base)
-    before = (records(state), in_cache(state))
+    before = found()
     again = sync_directory(adapters, state, base)
     assert [result.change for result in first] == ["added", "added"]
     assert [result.change for result in again] == ["unchanged", "unchanged"]
-    assert (records(state), in_cache(state)) == before
+    assert found() == before
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from openlora.adapters.catalog import AdapterRecord, CatalogReader
+from openlora.adapters.catalog import AdapterFilter, AdapterRecord, CatalogReader
 from openlora.config import RunConfig
 from openlora.errors import AdapterNotFound
 from openlora.serving.access import AccessPolicy
@@ -25,13 +25,12 @@ class ModelList:
         self._catalog: CatalogReader | None = None  # opened when first asked for: it may still be in the making
 
     def entries(self, caller: str) -> list[dict[str, Any]]:
-        """OpenAI's model objects: base first, then every adapter whose newest version is ready, by name.
+        """OpenAI's model objects: base first, then every adapter whose current version is ready, by name.
 
         Raises:
             Unavailable: there is no catalog yet.
         """
-        newest = {record.name: record for record in self._records()}  # versions ascend
-        ready = [record for record in newest.values() if record.status == "ready"]
+        ready = self._reader().page(AdapterFilter(status="ready", current=True)).records
         allowed = [record for record in ready if self._policy.allows(caller, record.name)]
         return [self._base(), *(self._adapter(record) for record in allowed)]
 
@@ -41,15 +40,18 @@ class ModelList:
         Raises:
             AdapterNotFound: not among them.
         """
-        for entry in self.entries(caller):
-            if entry["id"] == name:
-                return entry
+        if name == BASE:
+            return self._base()
+        if self._policy.allows(caller, name):
+            record = self._reader().find(name)
+            if record.status == "ready":
+                return self._adapter(record)
         raise AdapterNotFound(f"no adapter {name!r:.140}")
 
-    def _records(self) -> list[AdapterRecord]:
+    def _reader(self) -> CatalogReader:
         if self._catalog is None:
             self._catalog = CatalogReader(self._run.catalog_path)
-        return sorted(self._catalog.records(), key=lambda record: (record.name, record.version))
+        return self._catalog
 
     def _base(self) -> dict[str, Any]:
         base = self._run.base

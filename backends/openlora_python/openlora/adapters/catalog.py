@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
+from .catalog_rows import NAME, AdapterFilter, AdapterRecord, BaseFacts, Page, find, select, select_page
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RESERVED_NAMES = ("base",)
-DIGEST_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 BUSY_SECONDS = 10.0
+# 0: without `names`; the newest version of a name was its current one.
+FORMAT = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS base (
     id INTEGER PRIMARY KEY CHECK (id = 1), path TEXT NOT NULL, digest TEXT NOT NULL, max_rank INTEGER NOT NULL
@@ -31,38 +31,13 @@ CREATE TABLE IF NOT EXISTS adapters (
     added_at INTEGER NOT NULL, removed_at INTEGER,
     PRIMARY KEY (name, version)
 ) STRICT;
+CREATE INDEX IF NOT EXISTS adapters_by_digest ON adapters (name, digest);
+CREATE TABLE IF NOT EXISTS names (
+    name TEXT PRIMARY KEY, current INTEGER NOT NULL, pinned INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1))
+) STRICT, WITHOUT ROWID;
 """
 
-Status = Literal["ready", "quarantined"]
 Change = Literal["added", "updated", "unchanged"]
-
-
-@dataclass(frozen=True)
-class AdapterRecord:
-    """One version of an adapter."""
-
-    name: str
-    version: int  # from 1 on
-    digest: str  # manifest digest; empty when the files could not even be read
-    rank: int
-    status: Status
-    reason: str  # why it is quarantined
-    card: dict[str, Any] | None  # openlora.json
-    target_modules: tuple[str, ...] = ()
-    base: str = ""  # digest of the base model that it was checked against
-    source: str = ""  # where it was copied from
-    origin: str = ""  # the --adapters directory it belongs to; empty = added by hand
-    added_at: int = 0  # seconds since 1970
-    source_state: str = ""  # sizes, times and inodes of the source, when they prove that it hasn't changed
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """The base model that adapters of this catalog are checked against."""
-
-    path: str
-    digest: str
-    max_rank: int
 
 
 def check_name(name: str) -> None:
@@ -74,14 +49,23 @@ def check_name(name: str) -> None:
 
 
 class Catalog:
-    """The writer's side: short transactions, so that any process that may write can write at any time."""
+    """The writer's side: short transactions, so that any process that may write can write at any time.
+
+    A file of an older format is brought to today's.
+
+    Raises:
+        Unavailable: the file is of a newer one.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._connection = _connect(path)
         self._connection.execute("PRAGMA journal_mode = WAL")
+        before = _format(self._connection, path)
         self._connection.executescript(SCHEMA)
+        if before < FORMAT:
+            self._migrate(path)
 
     def __enter__(self) -> Catalog:
         return self
@@ -105,54 +89,132 @@ class Catalog:
             )
 
     def current(self, name: str, origin: str) -> AdapterRecord | None:
-        """What an adapter from `origin` would replace: its newest version from there, or else its newest one."""
-        active = _records(self._connection, name=name)
-        mine = [record for record in active if origin and record.origin == origin]
-        return (mine or active or [None])[-1]
+        """What an adapter from `origin` would replace: its newest version from there, or else the current one."""
+        mine = self._newest("n.name = ? AND a.origin = ?", name, origin) if origin else None
+        return mine or self._newest("n.name = ? AND a.version = n.current", name)
+
+    def current_of_all(self, origin: str) -> dict[str, AdapterRecord]:
+        """`current` of every name, by name."""
+        records = select(
+            self._connection,
+            "a.version = coalesce((SELECT max(mine.version) FROM adapters AS mine "
+            "WHERE mine.name = n.name AND mine.origin = ? AND mine.removed_at IS NULL), n.current)",
+            (origin,),
+        )
+        return {record.name: record for record in records}
 
     def put(self, record: AdapterRecord) -> tuple[AdapterRecord, Change]:
         """Store what was found; `record.version` is ignored.
 
         The bytes that a name already means keep their version (their card, status or base may change); others become
-        its next version.
+        its next version, and the current one.
         """
         with self._transaction():
-            active = _records(self._connection, name=record.name)
-            candidates = active[-1:] + [old for old in active if record.origin and old.origin == record.origin][-1:]
-            same = next((old for old in candidates if old.digest == record.digest), None)
+            same = self._same(record)
             if same is None:
                 (last,) = self._connection.execute(
                     "SELECT coalesce(max(version), 0) FROM adapters WHERE name = ?", (record.name,)
                 ).fetchone()
                 stored = replace(record, version=last + 1, added_at=int(time.time()))
                 self._write(stored)
-                return stored, "added"
-            stored = replace(record, version=same.version, origin=same.origin, added_at=same.added_at)
+                self._connection.execute(
+                    "INSERT INTO names (name, current) VALUES (?, ?) "
+                    "ON CONFLICT DO UPDATE SET current = excluded.current",
+                    (stored.name, stored.version),
+                )
+                return self._newest("n.name = ?", stored.name), "added"
+            stored = replace(
+                record,
+                version=same.version,
+                origin=same.origin,
+                added_at=same.added_at,
+                pinned=same.pinned,
+                current=same.current,
+            )
             if stored == same:
                 return same, "unchanged"
             self._write(stored)
             bookkeeping = replace(stored, source=same.source, source_state=same.source_state)
             return stored, "unchanged" if bookkeeping == same else "updated"
 
+    def use(self, name: str, version: int | str) -> AdapterRecord:
+        """From the next request on, `name` alone means this version; requests that run keep theirs.
+
+        Raises:
+            AdapterNotFound, InvalidArgument: as `CatalogReader.lookup`.
+            AdapterInvalid: it is quarantined; the name keeps its version.
+        """
+        with self._transaction():
+            record = find(self._connection, name, version)
+            if record.status != "ready":
+                raise AdapterInvalid(record.reason, field=f"adapter {name} version {record.version}")
+            if not record.current:
+                self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (record.version, name))
+            return find(self._connection, name, None)
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Ask that the current version of `name`, whichever that is, stays in memory, or no longer.
+
+        Raises:
+            AdapterNotFound: no such name.
+        """
+        with self._transaction():
+            if find(self._connection, name, None).pinned != pinned:
+                self._connection.execute("UPDATE names SET pinned = ? WHERE name = ?", (pinned, name))
+
     def remove(self, name: str, version: int | None = None) -> list[AdapterRecord]:
         """Mark one version, or all of them, removed; their bytes stay in the cache for requests that run.
+
+        When the current version goes, the newest that is left takes its place. A name without versions loses its pin.
 
         Raises:
             AdapterNotFound: when there is nothing to remove.
         """
         with self._transaction():
-            active = _records(self._connection, name=name)
+            active = select(self._connection, "n.name = ?", (name,))
             gone = [record for record in active if version in (None, record.version)]
             if not gone:
                 raise AdapterNotFound(f"no adapter {name!r}" + (f" version {version}" if version else ""))
-            self._connection.executemany(
-                "UPDATE adapters SET removed_at = ? WHERE name = ? AND version = ?",
-                [(int(time.time()), record.name, record.version) for record in gone],
-            )
+            self._remove(gone)
+        return gone
+
+    def remove_absent(self, origin: str, present: Collection[str]) -> list[AdapterRecord]:
+        """Mark removed what came from `origin` under other names than `present`; what that was."""
+        with self._transaction():
+            gone = [record for record in self.from_origin(origin) if record.name not in present]
+            self._remove(gone)
         return gone
 
     def from_origin(self, origin: str) -> list[AdapterRecord]:
-        return _records(self._connection, origin=origin)
+        return select(self._connection, "a.origin = ?", (origin,))
+
+    def _same(self, record: AdapterRecord) -> AdapterRecord | None:
+        """The version with the bytes of `record`, if its name means them.
+
+        By hand, that is its current version. For a directory it is also the one that came from there last, and before
+        the first any version at all: a start of the server must not move a name that was moved by hand.
+        """
+        candidates = [self.current(record.name, record.origin), self.current(record.name, "")]
+        if record.origin and (candidates[0] is None or candidates[0].origin != record.origin):  # nothing from there yet
+            candidates.append(self._newest("n.name = ? AND a.digest = ?", record.name, record.digest))
+        return next((old for old in candidates if old is not None and old.digest == record.digest), None)
+
+    def _newest(self, condition: str, *values: str) -> AdapterRecord | None:
+        found = select(self._connection, condition, values, tail="ORDER BY a.version DESC LIMIT 1")
+        return found[0] if found else None
+
+    def _remove(self, records: list[AdapterRecord]) -> None:
+        now = int(time.time())
+        self._connection.executemany(
+            "UPDATE adapters SET removed_at = ? WHERE name = ? AND version = ?",
+            [(now, record.name, record.version) for record in records],
+        )
+        for name in {record.name for record in records}:
+            newest = self._newest("n.name = ?", name)
+            if newest is None:
+                self._connection.execute("DELETE FROM names WHERE name = ?", (name,))
+            elif self.current(name, "") is None:
+                self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (newest.version, name))
 
     def _write(self, record: AdapterRecord) -> None:
         self._connection.execute(
@@ -174,6 +236,16 @@ class Catalog:
             ),
         )
 
+    def _migrate(self, path: Path) -> None:
+        with self._transaction():
+            if _format(self._connection, path) == FORMAT:
+                return  # another process was faster
+            self._connection.execute(
+                "INSERT INTO names (name, current) "
+                "SELECT name, max(version) FROM adapters WHERE removed_at IS NULL GROUP BY name"
+            )
+            self._connection.execute(f"PRAGMA user_version = {FORMAT}")
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._connection.execute("BEGIN IMMEDIATE")
@@ -186,16 +258,17 @@ class Catalog:
 
 
 class CatalogReader:
-    """The resolver's side: everything in memory, read again only when another process has changed the file."""
+    """The resolver's side: every call sees what is committed at that moment, by whichever process."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise Unavailable(f"no adapter catalog at {path}: `openlora serve` and `openlora adapters add` make one")
         self._connection = _connect(path)
+        if _format(self._connection, path) < FORMAT:
+            with Catalog(path):
+                pass  # that brings it to today's format
         self._connection.execute("PRAGMA query_only = ON")
         self._lock = threading.Lock()
-        self._data_version: int | None = None
-        self._versions: dict[str, dict[int, AdapterRecord]] = {}
 
     def close(self) -> None:
         self._connection.close()
@@ -204,7 +277,7 @@ class CatalogReader:
         """The version of `name` that a request means.
 
         Args:
-            version: a number, the first 8 or more hex digits of a digest, or None for the newest.
+            version: a number, the first 8 or more hex digits of a digest, or None for the current one.
 
         Raises:
             AdapterNotFound: no such name or version, or removed.
@@ -218,31 +291,22 @@ class CatalogReader:
 
     def find(self, name: str, version: int | str | None = None) -> AdapterRecord:
         """As `lookup`, but quarantined ones as well."""
-        versions = self._fresh().get(name)
-        if not versions:
-            raise AdapterNotFound(f"no adapter {name!r}")
-        record = versions[max(versions)] if version is None else _chosen(versions, version)
-        if record is None:
-            raise AdapterNotFound(f"no adapter {name!r} version {version!r}")
-        return record
+        with self._lock:
+            return find(self._connection, name, version)
 
     def names(self) -> list[str]:
-        """Names that answer: those whose newest version is ready."""
-        return sorted(name for name, kept in self._fresh().items() if kept[max(kept)].status == "ready")
+        """Names that answer: those whose current version is ready."""
+        return [record.name for record in self.page(AdapterFilter(status="ready", current=True)).records]
 
     def records(self) -> list[AdapterRecord]:
         """All versions that aren't removed, by name and version."""
-        return [record for versions in self._fresh().values() for record in versions.values()]
+        return self.page().records
 
-    def _fresh(self) -> dict[str, dict[int, AdapterRecord]]:
-        with self._lock:
-            (data_version,) = self._connection.execute("PRAGMA data_version").fetchone()
-            if data_version != self._data_version:
-                versions: dict[str, dict[int, AdapterRecord]] = {}
-                for record in _against_base(self._connection):
-                    versions.setdefault(record.name, {})[record.version] = record
-                self._versions, self._data_version = versions, data_version
-            return self._versions
+    def page(self, wanted: AdapterFilter | None = None, after: str = "", limit: int | None = None) -> Page:
+        """The versions that are `wanted` (None: all) of at most `limit` names (None: all) that sort after `after`."""
+        with self._lock, self._connection:
+            self._connection.execute("BEGIN")  # both queries of a page see the same
+            return select_page(self._connection, wanted or AdapterFilter(), after, limit)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -251,52 +315,8 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _records(connection: sqlite3.Connection, name: str | None = None, origin: str | None = None) -> list[AdapterRecord]:
-    rows = connection.execute(
-        "SELECT name, version, digest, rank, status, reason, card, target_modules, base, source, origin, added_at, "
-        "source_state FROM adapters WHERE removed_at IS NULL AND (?1 IS NULL OR name = ?1) "
-        "AND (?2 IS NULL OR origin = ?2) ORDER BY name, version",
-        (name, origin),
-    )
-    return [
-        AdapterRecord(*row[:6], None if row[6] is None else json.loads(row[6]), tuple(row[7].split()), *row[8:])
-        for row in rows
-    ]
-
-
-def _against_base(connection: sqlite3.Connection) -> list[AdapterRecord]:
-    """As stored, except that what was checked against another base or a higher rank limit is quarantined."""
-    connection.execute("BEGIN")
-    row = connection.execute("SELECT digest, max_rank FROM base").fetchone()
-    records = _records(connection)
-    connection.execute("COMMIT")
-    if row is None:
-        return records
-    return [_checked(record, *row) for record in records]
-
-
-def _checked(record: AdapterRecord, base: str, max_rank: int) -> AdapterRecord:
-    if record.status != "ready":
-        return record
-    if record.base != base:
-        reason = f"checked against base model {record.base[:16]}…, this server runs {base[:16]}…: add it again"
-        return replace(record, status="quarantined", reason=reason)
-    if record.rank > max_rank:
-        return replace(record, status="quarantined", reason=f"rank {record.rank} is over the limit of {max_rank}")
-    return record
-
-
-def _chosen(versions: dict[int, AdapterRecord], version: int | str) -> AdapterRecord | None:
-    if isinstance(version, str) and version.isdecimal() and len(version) < 8:
-        version = int(version)
-    if isinstance(version, int):
-        return versions.get(version)
-    if not DIGEST_PREFIX.fullmatch(version):
-        raise InvalidArgument(
-            f"version {version!r:.80} is neither a number nor the first 8 to 64 hex digits of a digest",
-            field="adapters",
-        )
-    fitting = [record for record in versions.values() if record.digest.startswith(version)]
-    if len({record.digest for record in fitting}) > 1:
-        raise InvalidArgument(f"version {version!r} fits several versions; give more digits", field="adapters")
-    return fitting[-1] if fitting else None
+def _format(connection: sqlite3.Connection, path: Path) -> int:
+    (number,) = connection.execute("PRAGMA user_version").fetchone()
+    if number > FORMAT:
+        raise Unavailable(f"{path} is of format {number}, made by a newer OpenLoRA; this one reads up to {FORMAT}")
+    return number

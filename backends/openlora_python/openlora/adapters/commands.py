@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from rich.table import Table
 from ..config import EngineSettings
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, OpenLoRAError, Unavailable
 from ..serving.adapter_spec import AdapterSpec, parse_adapters
-from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
+from .catalog import AdapterFilter, AdapterRecord, BaseFacts, Catalog, CatalogReader
 from .ingest import ingest
 from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Copied, Event, IngestJob, IngestResult
 from .lora_config import parse_object
@@ -29,6 +30,7 @@ from .merge_plan import METHODS
 from .store import MAX_CARD_BYTES
 
 HASH_CACHE_FILE = "digests.json"  # below the state directory
+PAGE_NAMES = 100  # of `list` on a terminal
 METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the server keeps its state.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
@@ -61,26 +63,37 @@ def add(
 
 
 @adapters_app.command("list")
-def list_adapters(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
-    """All versions that aren't removed."""
+def list_adapters(
+    name: Annotated[str | None, typer.Option(help="Only names like this: * any text, ? one character, [a-c].")] = None,
+    status: Annotated[str | None, typer.Option(help="Only ready or quarantined versions.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="MODULE", help="Only what changes it, like q_proj.")] = None,
+    pinned: Annotated[bool, typer.Option("--pinned", help="Only pinned names.")] = False,
+    after: Annotated[str, typer.Option(metavar="NAME", help="Go on after this name.")] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help=f"Names at a time; default: {PAGE_NAMES} on a terminal, else all.")
+    ] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Adapters by name, with all versions that aren't removed."""
     with _reported(), _reader(state_dir) as reader:
-        records = reader.records()
+        if status not in (None, "ready", "quarantined"):
+            raise InvalidArgument(f"ready or quarantined is wanted, got {status!r:.80}", field="status")
+        if limit is None and not as_json and sys.stdout.isatty():
+            limit = PAGE_NAMES
+        page = reader.page(AdapterFilter(name, status, target, pinned), after, limit)
         if as_json:
-            typer.echo(json.dumps([_as_tree(record, state_dir) for record in records]))
+            typer.echo(json.dumps([_as_tree(record, state_dir) for record in page.records]))
             return
-        table = Table("name", "version", "rank", "modules", "digest", "status", box=None)
-        for record in records:
-            status = record.status if record.status == "ready" else f"{record.status}: {record.reason}"
-            rank = str(record.rank or "")
-            digest = record.digest[:16]
-            table.add_row(record.name, str(record.version), rank, ", ".join(record.target_modules), digest, status)
-        Console().print(table if records else "no adapters")
+        Console().print(_table_of(page.records) if page.records else "no adapters")
+        if page.more:
+            typer.echo(f"there are more: repeat this with --after {page.records[-1].name}", err=True)
 
 
 @adapters_app.command()
 def show(
     name: Annotated[str, typer.Argument()],
-    version: Annotated[str | None, typer.Option(help="Number or first digits of the digest; default: newest.")] = None,
+    version: Annotated[str | None, typer.Option(help="Number or first digits of the digest; default: current.")] = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
@@ -95,6 +108,38 @@ def show(
 
 
 @adapters_app.command()
+def use(
+    name: Annotated[str, typer.Argument()],
+    version: Annotated[str, typer.Argument(help="Number or first digits of the digest, an older one as well.")],
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a version the current one: it answers for the bare name from the next request on."""
+    with _reported(), _catalog_with(name, state_dir) as catalog:
+        record = catalog.use(name, version)
+        if as_json:
+            typer.echo(json.dumps(_as_tree(record, state_dir)))
+            return
+        typer.echo(f"{name} version {record.version} is current ({record.digest[:16]}…)")
+
+
+@adapters_app.command()
+def pin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
+    """Keep the current version of a name in memory, whichever that is."""
+    with _reported(), _catalog_with(name, state_dir) as catalog:
+        catalog.pin(name)
+        typer.echo(f"{name}: pinned")
+
+
+@adapters_app.command()
+def unpin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
+    """Let a name leave memory like all others."""
+    with _reported(), _catalog_with(name, state_dir) as catalog:
+        catalog.pin(name, False)
+        typer.echo(f"{name}: not pinned")
+
+
+@adapters_app.command()
 def remove(
     name: Annotated[str, typer.Argument()],
     version: Annotated[int | None, typer.Option(help="Only this version.")] = None,
@@ -102,18 +147,17 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Take an adapter, or one version, out of the catalog. Requests that run with it go on."""
-    with _reported():
-        path = state_dir / CATALOG_FILE
-        if not path.is_file():
-            raise AdapterNotFound(f"no adapter {name!r}")
-        with Catalog(path) as catalog:
-            gone = catalog.remove(name, version)
+    with _reported(), _catalog_with(name, state_dir) as catalog:
+        gone = catalog.remove(name, version)
         if as_json:
             typer.echo(json.dumps([{"name": record.name, "version": record.version} for record in gone]))
             return
         for record in gone:
             back = f"; the next start of the server brings it back from {record.source}" if record.origin else ""
             typer.echo(f"{record.name} version {record.version}: removed{back}")
+        left = catalog.current(name, "")
+        if left is not None and any(record.current for record in gone):
+            typer.echo(f"{name} version {left.version} is current now")
 
 
 @adapters_app.command()
@@ -211,6 +255,16 @@ def _reader(state_dir: Path) -> Iterator[CatalogReader]:
 
 
 @contextmanager
+def _catalog_with(name: str, state_dir: Path) -> Iterator[Catalog]:
+    """The catalog to change `name` in; asking for one that is not there makes none."""
+    path = state_dir / CATALOG_FILE
+    if not path.is_file():
+        raise AdapterNotFound(f"no adapter {name!r}")
+    with Catalog(path) as catalog:
+        yield catalog
+
+
+@contextmanager
 def _progress_bar() -> Iterator[Callable[[Event], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     console = Console(stderr=True)
@@ -237,6 +291,22 @@ def _module_bar() -> Iterator[Callable[[ModuleMerged], None]]:
             bar.update(task, description=f"merged {event.module}", completed=event.done, total=event.total)
 
         yield follow
+
+
+def _table_of(records: list[AdapterRecord]) -> Table:
+    table = Table("name", "version", "rank", "modules", "digest", "status", box=None)
+    for record in records:
+        version = f"{record.version} current" if record.current else str(record.version)
+        status = f"{record.status}: {record.reason}" if record.reason else record.status
+        table.add_row(
+            record.name,
+            version,
+            str(record.rank or ""),
+            ", ".join(record.target_modules),
+            record.digest[:16],
+            f"{status}, pinned" if record.pinned else status,
+        )
+    return table
 
 
 def _as_tree(record: AdapterRecord, state_dir: Path) -> dict[str, Any]:

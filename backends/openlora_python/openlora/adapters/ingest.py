@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import Internal, InvalidArgument
-from .catalog import BaseFacts, Catalog, check_name
+from ..errors import AdapterInvalid, Internal, InvalidArgument
+from .catalog import AdapterRecord, BaseFacts, Catalog, check_name
 from .ingest_worker import (
     CACHE_DIRECTORY,
     CATALOG_FILE,
@@ -14,8 +15,10 @@ from .ingest_worker import (
     IngestJob,
     IngestRequest,
     IngestResult,
+    is_unchanged,
+    result_of,
 )
-from .store import AdapterStore
+from .store import AdapterStore, SourceDirectory, settled_state
 from .worker_process import run_worker
 
 Progress = Callable[[Event], None]
@@ -59,37 +62,54 @@ def sync_directory(
     """Make the catalog follow an --adapters directory, and tell it which base model the server runs.
 
     Every sub-directory is an adapter of its name; names with a leading dot are skipped. An adapter that came from this
-    directory and has gone is marked removed; those added by hand stay.
+    directory and has gone is marked removed; those added by hand stay. Folders that are as they were cost a few system
+    calls each, and no process is started when all of them are.
 
     Raises:
         InvalidArgument: `directory` is none.
     """
     with Catalog(state_dir / CATALOG_FILE) as catalog:
         catalog.set_base(base)
-    AdapterStore(state_dir / CACHE_DIRECTORY)
-    if directory is None:
-        return []
-    if not directory.is_dir():
-        raise InvalidArgument(f"{directory} is not a directory", field="adapters")
-    origin = directory.resolve()
-    folders = sorted(entry for entry in origin.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    jobs: list[IngestJob] = []
-    results: list[IngestResult] = []
-    for folder in folders:
-        try:
-            check_name(folder.name)
-        except InvalidArgument as error:
-            results.append(IngestResult(folder.name, "failed", reason=error.message))
-        else:
-            jobs.append(IngestJob(folder.name, str(folder), str(origin)))
-    results += ingest(state_dir, base, jobs, progress)
-    present = {folder.name for folder in folders}
-    with Catalog(state_dir / CATALOG_FILE) as catalog:
-        for record in catalog.from_origin(str(origin)):
-            if record.name not in present:
-                catalog.remove(record.name, record.version)
-                results.append(IngestResult(record.name, "removed", record.version, record.digest))
+        store = AdapterStore(state_dir / CACHE_DIRECTORY)
+        if directory is None:
+            return []
+        if not directory.is_dir():
+            raise InvalidArgument(f"{directory} is not a directory", field="adapters")
+        origin = directory.resolve()
+        with os.scandir(origin) as entries:
+            folders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        known = catalog.current_of_all(str(origin))
+        results: list[IngestResult] = []
+        jobs: list[IngestJob] = []
+        for name in folders:
+            result = _without_reading(IngestJob(name, str(origin / name), str(origin)), known.get(name), base, store)
+            if isinstance(result, IngestJob):
+                jobs.append(result)
+                continue
+            results.append(result)
+            if progress is not None:
+                progress(result)
+        results += ingest(state_dir, base, jobs, progress)
+        for record in catalog.remove_absent(str(origin), set(folders)):
+            results.append(IngestResult(record.name, "removed", record.version, record.digest))
     return results
+
+
+def _without_reading(
+    job: IngestJob, known: AdapterRecord | None, base: BaseFacts, store: AdapterStore
+) -> IngestResult | IngestJob:
+    """The result when names, sizes and times of the files are enough for it, else the job: no file is opened here."""
+    try:
+        check_name(job.name)
+        if known is not None and known.status == "ready":
+            with SourceDirectory(Path(job.source)) as source:
+                if is_unchanged(known, settled_state(source.state()), base, store):
+                    return result_of(known, "unchanged")
+    except InvalidArgument as error:
+        return IngestResult(job.name, "failed", reason=error.message)
+    except (AdapterInvalid, OSError):
+        pass  # the worker will meet the same, and says it
+    return job
 
 
 class _Worker:

@@ -101,8 +101,8 @@ class Ingester:
                 state = source.state()
                 found = replace(found, source_state=settled_state(state))
                 known = self._catalog.current(job.name, job.origin)
-                if known is not None and self._is_current(known, found.source_state):
-                    return _result(known, "unchanged")
+                if known is not None and is_unchanged(known, found.source_state, self._base, self._store):
+                    return result_of(known, "unchanged")
                 card = source.card()
                 made_for = card.pop("base", None) if card else None  # about bytes; the rest of a card is terms
                 found = replace(found, card=card or None)
@@ -117,20 +117,11 @@ class Ingester:
             found = replace(found, status="quarantined", reason=error.message, source_state="")
         except (OSError, Unavailable) as error:  # a full disk, or a source that is still being written
             return IngestResult(job.name, "failed", reason=str(error))
-        return _result(*self._catalog.put(found))
+        return result_of(*self._catalog.put(found))
 
     @cached_property
     def _modules(self) -> BaseModules:
         return base_modules(Path(self._base.path), self._base.digest, self._state_dir / MODULES_DIRECTORY)
-
-    def _is_current(self, known: AdapterRecord, source_state: str) -> bool:
-        return (
-            known.status == "ready"
-            and known.source_state == source_state != ""
-            and known.base == self._base.digest
-            and known.rank <= self._base.max_rank
-            and self._store.holds(known.digest)
-        )
 
     def _copy(self, name: str, source: SourceDirectory, state: dict[str, list[int]], incoming: Incoming) -> None:
         total = sum(state[file][0] for file in (CONFIG_FILE, WEIGHTS_FILE) if file in state)
@@ -162,7 +153,18 @@ def _check_card(card: dict[str, Any] | None) -> None:
         raise AdapterInvalid(f"openlora.json: {error.field}: {error.message}") from error
 
 
-def _result(record: AdapterRecord, change: Literal["added", "updated", "unchanged"]) -> IngestResult:
+def is_unchanged(known: AdapterRecord, source_state: str, base: BaseFacts, store: AdapterStore) -> bool:
+    """Whether the files that `source_state` tells of would only become what the catalog knows already."""
+    return (
+        known.status == "ready"
+        and known.source_state == source_state != ""
+        and known.base == base.digest
+        and known.rank <= base.max_rank
+        and store.holds(known.digest)
+    )
+
+
+def result_of(record: AdapterRecord, change: Literal["added", "updated", "unchanged"]) -> IngestResult:
     return IngestResult(record.name, record.status, record.version, record.digest, record.rank, change, record.reason)
 
 
