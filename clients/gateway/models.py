@@ -32,7 +32,7 @@ class ModelList:
         """
         newest = {record.name: record for record in self._records()}  # versions ascend
         ready = [record for record in newest.values() if record.status == "ready"]
-        allowed = [record for record in ready if self._policy.allows(caller, record.name)]
+        allowed = [record for record in ready if self._policy.allows(caller, record)]
         return [self._base(), *(self._adapter(record) for record in allowed)]
 
     def entry(self, caller: str, name: str) -> dict[str, Any]:
