@@ -493,3 +493,19 @@ def test_names_are_checked_before_anything_happens(state, base, adapters):
         with pytest.raises(InvalidArgument):
             add(state, base, adapters / "poet", name or " ")
     assert not (state / "adapters").exists()
+
+
+def test_an_adapter_that_can_not_be_read_any_more_keeps_its_access(state, base, adapters):
+    """Its quarantine, and so its name, is told to those alone who were told of it before."""
+    source, rule = adapters / "poet", {"policy": "allow-list", "callers": ["alice"]}
+    card = source / "openlora.json"
+    card.write_text(json.dumps({**CARD, "access": rule}))
+    assert add(state, base, source).status == "ready"
+    card.write_text("{")
+    assert add(state, base, source).status == "quarantined"
+    assert records(state)[-1].card["access"] == rule
+    card.unlink()
+    (source / WEIGHTS).unlink()
+    (source / WEIGHTS).symlink_to("/etc/passwd")
+    assert add(state, base, source).status == "quarantined"
+    assert records(state)[-1].card["access"] == rule

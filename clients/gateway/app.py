@@ -15,6 +15,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from openlora.config import RunConfig
 from openlora.errors import Unavailable
 from openlora.serving.access import ANONYMOUS, AccessPolicy
+from openlora.serving.signed_login import is_login_token
 from openlora_client import AsyncOpenLoRAClient
 
 from .chat import ChatTemplate
@@ -41,8 +42,7 @@ def create_app(run: RunConfig) -> FastAPI:
     """The gateway of one run of the server."""
     settings = run.settings
     host = _ANY_ADDRESS.get(settings.host, settings.host)
-    policy = AccessPolicy(settings.access)
-    knows_keys = bool(settings.access.callers) or settings.access.require_key
+    policy = AccessPolicy(run)
     models = ModelList(run, policy)
     template = ChatTemplate(run.base.path, run.base.max_model_len, settings.limits.max_tokens)
     client = AsyncOpenLoRAClient(f"{host}:{settings.grpc_port}")
@@ -59,9 +59,9 @@ def create_app(run: RunConfig) -> FastAPI:
     def caller(
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     ) -> Caller:
-        if not knows_keys:
-            return Caller(ANONYMOUS, None)
         key = credentials.credentials if credentials else None
+        if not policy.knows_keys and not is_login_token(key):
+            return Caller(ANONYMOUS, None)
         return Caller(policy.caller(key), key)
 
     async def answer(request: Request, who: Caller, body: GenerationBody, question: Question, kind: type[Shape]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -31,7 +32,7 @@ class ModelList:
             Unavailable: there is no catalog yet.
         """
         ready = self._reader().page(AdapterFilter(status="ready", current=True)).records
-        allowed = [record for record in ready if self._policy.allows(caller, record.name)]
+        allowed = [record for record in ready if self._policy.allows(caller, record)]
         return [self._base(), *(self._adapter(record) for record in allowed)]
 
     def entry(self, caller: str, name: str) -> dict[str, Any]:
@@ -42,9 +43,9 @@ class ModelList:
         """
         if name == BASE:
             return self._base()
-        if self._policy.allows(caller, name):
+        with contextlib.suppress(AdapterNotFound):  # what is forbidden and what is unknown get the same words
             record = self._reader().find(name)
-            if record.status == "ready":
+            if record.status == "ready" and self._policy.allows(caller, record):
                 return self._adapter(record)
         raise AdapterNotFound(f"no adapter {name!r:.140}")
 

@@ -16,12 +16,14 @@ from openlora.errors import (
     NotFinite,
     OpenLoRAError,
     Overloaded,
+    QuotaExceeded,
     RequestNotFound,
     Unavailable,
 )
 
 from .answer import Answer, Chunk, Usage
 from .async_client import AsyncChunkStream, AsyncOpenLoRAClient
+from .login import login_token, signed_token
 from .request import Adapters, SamplingOptions
 from .sync_client import ChunkStream, OpenLoRAClient
 
@@ -43,8 +45,11 @@ __all__ = [
     "OpenLoRAClient",
     "OpenLoRAError",
     "Overloaded",
+    "QuotaExceeded",
     "RequestNotFound",
     "SamplingOptions",
     "Unavailable",
     "Usage",
+    "login_token",
+    "signed_token",
 ]

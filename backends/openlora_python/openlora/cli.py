@@ -14,6 +14,7 @@ from .attribution.commands import receipts_app
 from .bench.command import bench
 from .errors import OpenLoRAError
 from .serving.generate_command import generate
+from .serving.keys_command import keys_app
 from .serving.serve_command import serve, stop
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command()(generate)
 app.command()(bench)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(receipts_app, name="receipts")
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:

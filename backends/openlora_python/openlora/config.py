@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from .errors import InvalidArgument
+from .serving.access_rule import AccessRule
 
 RUN_DIR_VARIABLE = "OPENLORA_RUN_DIR"
 
@@ -58,12 +59,37 @@ class Limits(_Section):
     coalesce_ms: int = Field(default=100, ge=0)  # … but never wait longer than this, and the first one not at all
 
 
+class UsageLimits(_Section):
+    """What may be used; None = no limit. 0 = nothing."""
+
+    requests_per_minute: int | None = Field(default=None, ge=0, le=1_000_000)
+    tokens_per_day: int | None = Field(default=None, ge=0, lt=2**53)  # of prompts and answers, a UTC day
+
+
+class AdapterAccess(UsageLimits):
+    """The operator's word on one adapter: all of its versions, all of its callers together."""
+
+    access: AccessRule | None = None  # None = what its card says
+
+
 class Access(_Section):
     """Who may use what. Keys are given as SHA-256 hex digests, so the file holds no secret."""
 
     callers: dict[str, Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]] = {}  # caller name -> sha256(api key)
     require_key: bool = False  # refuse callers without a known key altogether
-    private: dict[str, tuple[str, ...]] = {}  # adapter name -> callers that may use it; others are public
+    private: dict[str, tuple[str, ...]] = {}  # adapter name -> callers that may use it: a short form of `adapters`
+    adapters: dict[str, AdapterAccess] = {}  # adapter name -> who may use it (wins over its card), and how much
+    signed_requests: Literal["off", "known", "any"] = "known"  # known: addresses of `openlora keys add` alone
+    caller_limits: dict[str, UsageLimits] = {}  # caller name -> limits; wins over `openlora keys limit`
+    default_limits: UsageLimits = UsageLimits()  # of each caller, `anonymous` included, that has none of its own
+
+    @model_validator(mode="after")
+    def _one_rule_each(self) -> Access:
+        for name, callers in self.private.items():
+            AccessRule(policy="allow-list", callers=callers)  # says so here if it can't be one
+            if name in self.adapters and self.adapters[name].access is not None:
+                raise ValueError(f"adapter {name!r} is in `private` and has an `access` as well: keep one of them")
+        return self
 
 
 class RestartPolicy(_Section):
@@ -187,6 +213,18 @@ class RunConfig(_Section):
     @property
     def catalog_path(self) -> Path:
         return self.state_dir / "catalog.sqlite"
+
+    @property
+    def callers_path(self) -> Path:
+        return self.state_dir / "callers.sqlite"
+
+    @property
+    def quota_path(self) -> Path:
+        return self.state_dir / "quota.sqlite"
+
+    @property
+    def log_key_path(self) -> Path:
+        return self.state_dir / "log.pub"
 
     @property
     def adapter_cache(self) -> Path:

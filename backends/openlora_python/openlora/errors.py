@@ -97,6 +97,15 @@ class Overloaded(OpenLoRAError):
     exit_code = 7
 
 
+class QuotaExceeded(OpenLoRAError):
+    """More than the caller or the adapter is granted: requests a minute, or tokens a day. Nothing was accepted."""
+
+    code = "QUOTA_EXCEEDED"
+    triton_code = "UNAVAILABLE"
+    http_status = 429
+    exit_code = 7
+
+
 class Unavailable(OpenLoRAError):
     """A part of the node is not ready; nothing was accepted."""
 

@@ -96,11 +96,13 @@ class Ingester:
         found = AdapterRecord(
             job.name, 0, "", 0, "ready", "", None, base=self._base.digest, source=job.source, origin=job.origin
         )
+        known = self._catalog.current(job.name, job.origin)
+        if known is not None:
+            found = replace(found, card=known.card)  # its access policy stands until another card was read
         try:
             with SourceDirectory(Path(job.source)) as source:
                 state = source.state()
                 found = replace(found, source_state=settled_state(state))
-                known = self._catalog.current(job.name, job.origin)
                 if known is not None and is_unchanged(known, found.source_state, self._base, self._store):
                     return result_of(known, "unchanged")
                 card = source.card()

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from openlora.attribution.blobs import NO_OWNER
 from openlora.errors import InvalidArgument
+from openlora.serving.access_rule import AccessRule
 
 WHOLE = 1_000_000  # shares are in parts per million
 
@@ -93,6 +94,7 @@ class Card(_Strict):
     description: Annotated[str, Field(max_length=2000)] = ""
     base: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$")] = None  # digest of the base an adapter was made for
     prices: Prices
+    access: AccessRule | None = None  # who may use it; None = everybody
     datasets: Annotated[tuple[DatasetShare, ...], Field(strict=False, max_length=64)] = ()
 
     @model_validator(mode="after")

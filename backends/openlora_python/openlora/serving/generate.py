@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 
 import zmq
 import zmq.asyncio
@@ -28,6 +29,7 @@ from ..errors import (
 from .chunk import Chunk, Control, open_control
 from .generation import Generation, Sink
 from .pacing import Pacer
+from .quota_store import LedgerKeeper
 from .seal import Seal
 from .status import StatusReporter
 from .text import TextCodec
@@ -36,6 +38,7 @@ from .usage import RequestUsage
 
 REPORT_SECONDS = 0.5
 JOURNAL_RETRY_SECONDS = 1.0
+SAVE_SECONDS = 1.0  # between two savings of the quota ledger
 OVERLOAD_RETRY_MS = 1000
 LOG_RETRY_MS = 2000
 
@@ -54,7 +57,10 @@ class GenerationStep:
         self._accepted: set[str] = set()  # ids, from Triton's thread on: `_living` has them a moment later
         self._capacity = run.settings.engine.max_batch + run.settings.engine.max_waiting
         self._log_fault = ""  # why attribution can't write receipts, if so
+        self._ledger_keeper = LedgerKeeper(run.quota_path, run.journal_dir)
         self._journal = Journal.open(run.journal_dir, wait=True, on_failure=self._journal_failed)
+        self._ledger = self._ledger_keeper.open()
+        self._in_doubt: set[str] = set()  # ended while the journal had failed: only `reopen` can tell what they took
         self._loop = asyncio.new_event_loop()
         limits = run.settings.limits
         self._pacer = Pacer(self._loop, self._journal, limits.coalesce_above, limits.coalesce_ms / 1000)
@@ -91,6 +97,7 @@ class GenerationStep:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._journal.close()
+        self._ledger_keeper.close()
 
     def _check_admission(self, ticket: Ticket) -> None:
         if self._journal.failed is not None:
@@ -117,9 +124,11 @@ class GenerationStep:
         return prompt
 
     async def _generate(self, ticket: Ticket, prompt_text: str, sink: Sink) -> None:
+        generation = None
         try:
             prompt = await self._loop.run_in_executor(None, self._tokenize, ticket, prompt_text)
-            generation = self._new_generation(ticket, prompt, prompt_text, sink)
+            held = self._ledger.reserve(ticket.request_id, ticket.quotas, len(prompt), ticket.sampling.max_tokens)
+            generation = self._new_generation(ticket, prompt, prompt_text, sink, held.started_at)
             self._living[ticket.request_id] = generation
             await generation.run()
         except OpenLoRAError as error:
@@ -128,12 +137,16 @@ class GenerationStep:
             log.exception("request %s", ticket.request_id)
             sink.fail(Internal(f"{type(error).__name__}: {error}"))
         finally:
+            if generation is None or not generation.usage.journalled:
+                self._ledger.refund(ticket.request_id)
+            elif not generation.usage.completed:
+                self._in_doubt.add(ticket.request_id)
             self._living.pop(ticket.request_id, None)
             self._accepted.discard(ticket.request_id)
 
     async def _stop(self, ticket: Ticket, prompt_text: str, sink: Sink) -> None:
         """Stop the one running request with this caller and label; answers one empty response."""
-        generation = self._new_generation(ticket, (), prompt_text, sink)
+        generation = self._new_generation(ticket, (), prompt_text, sink, int(time.time()))
         self._living[ticket.request_id] = generation
         try:
             await generation.hello()
@@ -153,13 +166,16 @@ class GenerationStep:
             sink.finish()
             del self._living[ticket.request_id]
 
-    def _new_generation(self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink) -> Generation:
-        usage = RequestUsage(self._journal)
+    def _new_generation(
+        self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink, started_at: int
+    ) -> Generation:
+        usage = RequestUsage(self._journal, self._ledger, started_at)
         return Generation(ticket, prompt, prompt_text, sink, self._engine, usage, self._codec, self._pacer)
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        for work in (self._engine.run(), self._pacer.run(), self._listen(), self._report()):
+        standing = (self._engine.run(), self._pacer.run(), self._listen(), self._report(), self._save_ledger())
+        for work in standing:
             self._loop.create_task(work).add_done_callback(_raise_fault)
         self._loop.run_forever()
 
@@ -190,6 +206,11 @@ class GenerationStep:
             reporter.report(ready=not faults, reason="; ".join(faults))
             await asyncio.sleep(REPORT_SECONDS)
 
+    async def _save_ledger(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            await self._loop.run_in_executor(None, self._ledger_keeper.save)
+
     def _journal_failed(self, error: BaseException) -> None:
         """Nothing was acknowledged. Recover into a new segment, again and again, with the doors shut meanwhile."""
         log.error("usage journal: %s", error)
@@ -203,13 +224,19 @@ class GenerationStep:
             if self._living:
                 continue  # their completions would find no intent in the new segment
             try:
-                await self._loop.run_in_executor(None, self._journal.reopen)
+                found = await self._loop.run_in_executor(None, self._journal.reopen)
             except Unavailable as error:
                 log.error("usage journal: still %s", error)
+                continue
+            for closing in found.aborted:
+                self._ledger.book(closing.seq, closing.request_id, closing.out_tokens)
+            for request_id in self._in_doubt:
+                self._ledger.refund(request_id)  # of those that are booked nothing is held any more
+            self._in_doubt.clear()
 
 
 def _raise_fault(task: asyncio.Task[None]) -> None:
-    """The four standing tasks never end; one that does is a fault, and a stub that can't serve must not stay."""
+    """The standing tasks never end; one that does is a fault, and a stub that can't serve must not stay."""
     if not task.cancelled() and (error := task.exception()):
         log.critical("generation: a standing task ended", exc_info=error)
         os._exit(1)

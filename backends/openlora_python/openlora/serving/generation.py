@@ -96,6 +96,10 @@ class Generation:
         self.deadline = math.inf
         self.last_response = self.last_delta = time.monotonic()
 
+    @property
+    def usage(self) -> RequestUsage:
+        return self._usage
+
     def acknowledge(self) -> None:
         self._acked.set()
 

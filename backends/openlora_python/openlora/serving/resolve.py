@@ -19,9 +19,10 @@ from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument
 from .access import AccessPolicy
 from .adapter_spec import AdapterSpec, parse_adapters
 from .guides import GUIDE_TENSOR, TYPE_TENSOR, guide_of
+from .rate_limit import RateLimiter
 from .sampling_parameters import SamplingParameters, merge_sampling
 from .seal import Seal
-from .ticket import LIFETIME_SECONDS, TextOptions, Ticket, TicketOffice, text_digest
+from .ticket import LIFETIME_SECONDS, Quota, TextOptions, Ticket, TicketOffice, text_digest
 
 # Tensors that are sampling parameters, and what vLLM calls them.
 SAMPLING_TENSORS = {
@@ -53,7 +54,8 @@ class ResolverStep:
     def __init__(self, run: RunConfig) -> None:
         self._run = run
         self._limits = run.settings.limits
-        self._policy = AccessPolicy(run.settings.access)
+        self._policy = AccessPolicy(run)
+        self._rates = RateLimiter()
         self._catalog = CatalogReader(run.catalog_path)
         self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
         self._base_card = _card(run.base.card)
@@ -67,7 +69,7 @@ class ResolverStep:
             label: the client's own request id.
 
         Raises:
-            InvalidArgument, AdapterNotFound, AdapterInvalid.
+            InvalidArgument, AdapterNotFound, AdapterInvalid, QuotaExceeded, Unavailable.
         """
         if "text_input" not in inputs:
             raise InvalidArgument("missing", field="text_input")
@@ -89,6 +91,9 @@ class ResolverStep:
         }
         if inputs.get("stop", False):
             return self._office.issue(Ticket(kind="stop", **common))
+        limits = self._policy.limits(caller)
+        callers_quota = Quota(f"caller:{caller}", limits.tokens_per_day)
+        self._rates.take([(callers_quota.account, limits.requests_per_minute)])
         self._refuse_unsupported(inputs)
         sampling = self._sampling(inputs, parameters)
         records = [(spec, self._pinned(caller, spec)) for spec in self._asked_for(inputs, sampling)]
@@ -117,6 +122,7 @@ class ResolverStep:
                     echo=not inputs.get("exclude_input_in_output", True),
                 ),
                 terms=self._terms([record for _, record in records]),
+                quotas=(callers_quota, *self._granted([record.name for _, record in records])),
             )
         )
 
@@ -174,14 +180,25 @@ class ResolverStep:
         """The exact version. What a caller may not use gets the same words as what does not exist."""
         version = f" version {spec.version!r:.80}" if spec.version else ""
         unknown = AdapterNotFound(f"no adapter {spec.name!r}{version}")
-        if not self._policy.allows(caller, spec.name):
-            raise unknown
         try:
-            return self._catalog.lookup(spec.name, spec.version)
+            record = self._catalog.find(spec.name, spec.version)
         except AdapterNotFound:
             raise unknown from None
-        except AdapterInvalid as error:
-            raise AdapterInvalid(f"adapter {spec.name!r}: {error.message}") from error
+        except InvalidArgument:  # what is wrong with the version is only for those who may know of the name
+            if self._policy.allows(caller, self._catalog.find(spec.name)):
+                raise
+            raise unknown from None
+        if not self._policy.allows(caller, record):
+            raise unknown
+        if record.status != "ready":
+            raise AdapterInvalid(f"adapter {spec.name!r}: {record.reason}")
+        return record
+
+    def _granted(self, names: list[str]) -> list[Quota]:
+        """The adapters' own quotas, once their request rates have allowed one more."""
+        limits = {f"adapter:{name}": self._policy.adapter_limits(name) for name in names}
+        self._rates.take([(account, one.requests_per_minute) for account, one in limits.items()])
+        return [Quota(account, one.tokens_per_day) for account, one in limits.items()]
 
     def _terms(self, records: list[AdapterRecord]) -> dict[str, Any]:
         return terms_blob(

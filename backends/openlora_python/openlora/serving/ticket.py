@@ -29,6 +29,13 @@ class TextOptions(msgspec.Struct, frozen=True):
     echo: bool = False  # the prompt in front of the first text
 
 
+class Quota(msgspec.Struct, frozen=True):
+    """An account that the request's tokens are booked on, and what it may take a day; None = only booked."""
+
+    account: str  # `caller:NAME` or `adapter:NAME`
+    tokens_per_day: int | None = None
+
+
 class Ticket(msgspec.Struct, frozen=True):
     kind: Literal["generate", "stop"]
     request_id: str  # 64 hex digits, from the operating system's generator
@@ -44,6 +51,7 @@ class Ticket(msgspec.Struct, frozen=True):
     sampling: Sampling = Sampling()
     text: TextOptions = TextOptions()
     terms: dict[str, Any] = {}  # the terms blob of the receipt
+    quotas: tuple[Quota, ...] = ()  # all of them or none: the caller's, and that of each adapter
 
 
 def text_digest(text: bytes) -> str:

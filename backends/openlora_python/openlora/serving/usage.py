@@ -12,14 +12,21 @@ from ..attribution.commitments import SALT_BYTES, output_commitment, prompt_comm
 from ..attribution.frames import IntentFrame, ProgressFrame
 from ..attribution.journal import Journal
 from ..engine.api import EngineInfo
+from .quota import QuotaLedger
 from .ticket import Ticket
 
 
 class RequestUsage:
     """Bridges one request's coroutine and the journal's own thread."""
 
-    def __init__(self, journal: Journal) -> None:
+    journalled = False  # the intent may be in the journal
+    completed = False  # and so is its end, which the ledger has booked
+
+    def __init__(self, journal: Journal, ledger: QuotaLedger, started_at: int) -> None:
+        """`started_at`: seconds since 1970, of the reservation."""
         self._journal = journal
+        self._ledger = ledger
+        self._started_at = started_at
         self._loop = asyncio.get_running_loop()
         self._request_id: str | None = None  # set once the intent is durable
         self._output = output_commitment(bytes(SALT_BYTES))
@@ -45,9 +52,15 @@ class RequestUsage:
             output_salt=output_salt,
             prompt_commit=prompt_commitment(prompt_salt, prompt_text),
             in_tokens=in_tokens,
-            started_at=int(time.time()),
+            started_at=self._started_at,
+            accounts=tuple(quota.account for quota in ticket.quotas),
         )
-        await self._durable(lambda done, failed: self._journal.append([intent], done, failed))
+
+        def append(done: Callable[..., None], failed: Callable[[BaseException], None]) -> None:
+            self._journal.append([intent], done, failed)
+            self.journalled = True
+
+        await self._durable(append)
         self._request_id = ticket.request_id
 
     def count_token(self) -> None:
@@ -64,12 +77,17 @@ class RequestUsage:
         """Write the completion; its number, once it is on disk."""
         request_id, out_tokens, commit = self._request_id, self._out_tokens, self._output.digest()
         ended_at = int(time.time())
-        seq = await self._durable(
-            lambda done, failed: self._journal.append_completion(
-                request_id, status, out_tokens, commit, ended_at, done, failed
-            )
-        )
+
+        def append(done: Callable[..., None], failed: Callable[[BaseException], None]) -> None:
+            def durable(seq: int) -> None:
+                self._ledger.book(seq, request_id, out_tokens)  # on the journal's thread, and so in its order
+                done(seq)
+
+            self._journal.append_completion(request_id, status, out_tokens, commit, ended_at, durable, failed)
+
+        seq = await self._durable(append)
         self._request_id = None
+        self.completed = True
         return seq
 
     async def complete_if_begun(self, status: int) -> None:
