@@ -31,6 +31,10 @@ CREATE TABLE IF NOT EXISTS adapters (
     added_at INTEGER NOT NULL, removed_at INTEGER,
     PRIMARY KEY (name, version)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS adapter_groups (
+    name TEXT PRIMARY KEY, targets TEXT NOT NULL, skip_unready INTEGER NOT NULL, changed_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS task_preferences (task TEXT PRIMARY KEY, adapter TEXT NOT NULL) STRICT;
 """
 
 Status = Literal["ready", "quarantined"]
@@ -115,8 +119,13 @@ class Catalog:
 
         The bytes that a name already means keep their version (their card, status or base may change); others become
         its next version.
+
+        Raises:
+            InvalidArgument: the name is a group's.
         """
         with self._transaction():
+            if self.is_group(record.name):
+                raise InvalidArgument(f"{record.name!r} is a group (`openlora routes list`)", field="name")
             active = _records(self._connection, name=record.name)
             candidates = active[-1:] + [old for old in active if record.origin and old.origin == record.origin][-1:]
             same = next((old for old in candidates if old.digest == record.digest), None)
@@ -150,6 +159,10 @@ class Catalog:
                 [(int(time.time()), record.name, record.version) for record in gone],
             )
         return gone
+
+    def is_group(self, name: str) -> bool:
+        """Whether `openlora routes` gave this name to a group: no adapter can have it then."""
+        return self._connection.execute("SELECT 1 FROM adapter_groups WHERE name = ?", (name,)).fetchone() is not None
 
     def from_origin(self, origin: str) -> list[AdapterRecord]:
         return _records(self._connection, origin=origin)

@@ -75,11 +75,16 @@ def sync_directory(
     folders = sorted(entry for entry in origin.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     jobs: list[IngestJob] = []
     results: list[IngestResult] = []
+    with Catalog(state_dir / CATALOG_FILE) as catalog:
+        groups = {folder.name for folder in folders if catalog.is_group(folder.name)}
     for folder in folders:
         try:
             check_name(folder.name)
         except InvalidArgument as error:
             results.append(IngestResult(folder.name, "failed", reason=error.message))
+            continue
+        if folder.name in groups:
+            results.append(IngestResult(folder.name, "failed", reason=f"{folder.name!r} is the name of a group"))
         else:
             jobs.append(IngestJob(folder.name, str(folder), str(origin)))
     results += ingest(state_dir, base, jobs, progress)
