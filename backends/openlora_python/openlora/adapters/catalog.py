@@ -124,8 +124,7 @@ class Catalog:
             InvalidArgument: the name is a group's.
         """
         with self._transaction():
-            if self.is_group(record.name):
-                raise InvalidArgument(f"{record.name!r} is a group (`openlora routes list`)", field="name")
+            self.check_free(record.name)
             active = _records(self._connection, name=record.name)
             candidates = active[-1:] + [old for old in active if record.origin and old.origin == record.origin][-1:]
             same = next((old for old in candidates if old.digest == record.digest), None)
@@ -160,9 +159,10 @@ class Catalog:
             )
         return gone
 
-    def is_group(self, name: str) -> bool:
-        """Whether `openlora routes` gave this name to a group: no adapter can have it then."""
-        return self._connection.execute("SELECT 1 FROM adapter_groups WHERE name = ?", (name,)).fetchone() is not None
+    def check_free(self, name: str) -> None:
+        """Raises InvalidArgument when `openlora routes` gave this name to a group: no adapter can have it then."""
+        if self._connection.execute("SELECT 1 FROM adapter_groups WHERE name = ?", (name,)).fetchone():
+            raise InvalidArgument(f"{name!r} is a group of adapters, see `openlora routes list`", field="name")
 
     def from_origin(self, origin: str) -> list[AdapterRecord]:
         return _records(self._connection, origin=origin)

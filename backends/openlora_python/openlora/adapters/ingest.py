@@ -35,11 +35,15 @@ def ingest(
         is `failed`.
 
     Raises:
-        InvalidArgument: for a name that no adapter can have.
+        InvalidArgument: for a name that no adapter can have, or a group has.
         UnsupportedModel, Internal: when nothing can be checked against this base model.
     """
     for job in jobs:
         check_name(job.name)
+    with Catalog(state_dir / CATALOG_FILE) as catalog:
+        for job in jobs:
+            if not job.origin:  # those of a directory fail one by one
+                catalog.check_free(job.name)
     results: list[IngestResult] = []
     while left := tuple(jobs[len(results) :]):
         worker = _Worker(IngestRequest(str(state_dir.resolve()), base, left), progress)
@@ -75,16 +79,11 @@ def sync_directory(
     folders = sorted(entry for entry in origin.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     jobs: list[IngestJob] = []
     results: list[IngestResult] = []
-    with Catalog(state_dir / CATALOG_FILE) as catalog:
-        groups = {folder.name for folder in folders if catalog.is_group(folder.name)}
     for folder in folders:
         try:
             check_name(folder.name)
         except InvalidArgument as error:
             results.append(IngestResult(folder.name, "failed", reason=error.message))
-            continue
-        if folder.name in groups:
-            results.append(IngestResult(folder.name, "failed", reason=f"{folder.name!r} is the name of a group"))
         else:
             jobs.append(IngestJob(folder.name, str(folder), str(origin)))
     results += ingest(state_dir, base, jobs, progress)

@@ -30,6 +30,12 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
     outputs: tuple[EngineOutput, ...]
 
 
+class Stats(msgspec.Struct, tag=True, frozen=True):
+    """To every client, every second or so."""
+
+    stats: EngineStats
+
+
 class EngineConfig(msgspec.Struct, frozen=True):
     """What the launcher writes for the engine process, which must not import the server's libraries."""
 
@@ -54,4 +60,4 @@ class Report(msgspec.Struct, frozen=True):
 
 
 ToEngine = Hello | Submit | Cancel
-ToClient = Welcome | Outputs
+ToClient = Welcome | Outputs | Stats

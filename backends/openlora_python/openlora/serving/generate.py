@@ -9,6 +9,8 @@ import asyncio
 import logging
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import zmq
 import zmq.asyncio
@@ -27,6 +29,7 @@ from ..errors import (
 )
 from .chunk import Chunk, Control, open_control
 from .generation import Generation, Sink
+from .metrics import Registry, RequestRecord, ServingMetrics, outcome_of
 from .pacing import Pacer
 from .seal import Seal
 from .status import StatusReporter
@@ -35,6 +38,7 @@ from .ticket import Ticket, TicketOffice
 from .usage import RequestUsage
 
 REPORT_SECONDS = 0.5
+METRICS_SECONDS = 1.0
 JOURNAL_RETRY_SECONDS = 1.0
 OVERLOAD_RETRY_MS = 1000
 LOG_RETRY_MS = 2000
@@ -45,13 +49,15 @@ log = logging.getLogger(__name__)
 class GenerationStep:
     """Runs requests from ticket to last response, and keeps what they share: journal, engine, table of the living."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, registry: Registry) -> None:
         self._run = run
         self._codec = TextCodec(run.base.path)
         self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
         self._control_seal = Seal(run.run_key_path, "control")
         self._living: dict[str, Generation] = {}
-        self._accepted: set[str] = set()  # ids, from Triton's thread on: `_living` has them a moment later
+        # When, by id, from Triton's thread on: `_living` has them a moment later. On the monotonic clock.
+        self._accepted: dict[str, float] = {}
+        self._metrics = ServingMetrics(registry, run.settings.metrics.adapter_labels)
         self._capacity = run.settings.engine.max_batch + run.settings.engine.max_waiting
         self._log_fault = ""  # why attribution can't write receipts, if so
         self._journal = Journal.open(run.journal_dir, wait=True, on_failure=self._journal_failed)
@@ -64,13 +70,16 @@ class GenerationStep:
 
     def accept(self, sealed_ticket: bytes, text: bytes, sink: Sink) -> None:
         """Take a request on; `sink` gets exactly one FINAL, here or later. On Triton's thread; returns at once."""
+        names = None
         try:
             ticket = self._office.redeem(sealed_ticket, text)
+            names = ticket.adapter_names
             if ticket.kind == "generate":
                 self._check_admission(ticket)
-                self._accepted.add(ticket.request_id)
+                self._accepted[ticket.request_id] = time.monotonic()
         except OpenLoRAError as error:
             sink.fail(error)
+            self._metrics.record(RequestRecord(names, outcome_of(error)))
             return
         work = self._stop if ticket.kind == "stop" else self._generate
         asyncio.run_coroutine_threadsafe(work(ticket, text.decode(), sink), self._loop)
@@ -122,14 +131,20 @@ class GenerationStep:
             generation = self._new_generation(ticket, prompt, prompt_text, sink)
             self._living[ticket.request_id] = generation
             await generation.run()
+            record = generation.record(self._accepted[ticket.request_id])
         except OpenLoRAError as error:
-            sink.fail(error)
+            record = self._refuse(ticket, error, sink)
         except Exception as error:  # a fault of ours must still answer the client
             log.exception("request %s", ticket.request_id)
-            sink.fail(Internal(f"{type(error).__name__}: {error}"))
+            record = self._refuse(ticket, Internal(f"{type(error).__name__}: {error}"), sink)
         finally:
             self._living.pop(ticket.request_id, None)
-            self._accepted.discard(ticket.request_id)
+            self._accepted.pop(ticket.request_id, None)
+        self._metrics.record(record)
+
+    def _refuse(self, ticket: Ticket, error: OpenLoRAError, sink: Sink) -> RequestRecord:
+        sink.fail(error)
+        return RequestRecord(ticket.adapter_names, outcome_of(error))
 
     async def _stop(self, ticket: Ticket, prompt_text: str, sink: Sink) -> None:
         """Stop the one running request with this caller and label; answers one empty response."""
@@ -159,7 +174,7 @@ class GenerationStep:
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        for work in (self._engine.run(), self._pacer.run(), self._listen(), self._report()):
+        for work in (self._engine.run(), self._pacer.run(), self._listen(), self._report(), self._publish()):
             self._loop.create_task(work).add_done_callback(_raise_fault)
         self._loop.run_forever()
 
@@ -190,6 +205,12 @@ class GenerationStep:
             reporter.report(ready=not faults, reason="; ".join(faults))
             await asyncio.sleep(REPORT_SECONDS)
 
+    async def _publish(self) -> None:
+        with ThreadPoolExecutor(1, "metrics") as thread:  # each change is a round trip to tritonserver
+            while True:
+                await self._loop.run_in_executor(thread, self._metrics.publish, self._engine.stats)
+                await asyncio.sleep(METRICS_SECONDS)
+
     def _journal_failed(self, error: BaseException) -> None:
         """Nothing was acknowledged. Recover into a new segment, again and again, with the doors shut meanwhile."""
         log.error("usage journal: %s", error)
@@ -209,7 +230,7 @@ class GenerationStep:
 
 
 def _raise_fault(task: asyncio.Task[None]) -> None:
-    """The four standing tasks never end; one that does is a fault, and a stub that can't serve must not stay."""
+    """The five standing tasks never end; one that does is a fault, and a stub that can't serve must not stay."""
     if not task.cancelled() and (error := task.exception()):
         log.critical("generation: a standing task ended", exc_info=error)
         os._exit(1)
