@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import msgspec
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from openlora.engine.api import EngineStats
 from openlora.errors import AdapterNotFound, EngineRestarted, Overloaded
+from openlora.serving.engine_metrics import ENGINE_METRICS, EngineMetrics
 from openlora.serving.metrics import (
-    ENGINE_METRICS,
     OTHER,
     AdapterLabels,
     Family,
@@ -84,7 +85,7 @@ def test_a_request_counts_once_and_for_each_of_its_adapters() -> None:
     metrics.record(RequestRecord(("b",), outcome_of(Overloaded("full"))))
     metrics.record(RequestRecord(None, "not_authenticated"))
     assert memory.series == {}  # nothing is told before it is published
-    metrics.publish(None)
+    metrics.publish()
     outcomes = {outcome: memory.value("requests_total", outcome=outcome) for outcome in memory.labels("outcome")}
     assert outcomes == {"length": 1, "stop": 1, "cancelled": 1, "overloaded": 1, "not_authenticated": 1}
     assert (memory.value("prompt_tokens_total"), memory.value("output_tokens_total")) == (11, 8)
@@ -111,11 +112,11 @@ def test_what_was_gathered_is_told_at_once_and_only_once() -> None:
     for _ in range(100):
         metrics.record(RequestRecord(("a",), "stop", 1, 1, 0.0, 0.0))
     for _ in range(3):
-        metrics.publish(None)
+        metrics.publish()
     requests = memory.series["openlora_requests_total", frozenset({("outcome", "stop")})]
     assert (requests.value, requests.calls) == (100, 1)
     metrics.record(RequestRecord(("a",), "stop", 1, 1, 0.0, 0.0))
-    metrics.publish(None)
+    metrics.publish()
     assert (requests.value, requests.calls) == (101, 2)
 
 
@@ -136,39 +137,35 @@ def test_the_rest_is_counted_together_and_an_ensemble_of_it_once() -> None:
     metrics = ServingMetrics(memory, 1)
     for adapters in (("a",), ("b",), ("c", "d"), ("a", "e"), (OTHER,)):
         metrics.record(RequestRecord(adapters, "stop", 1, 2))
-    metrics.publish(None)
+    metrics.publish()
     counts = {label: memory.value("adapter_requests_total", adapter=label, outcome="stop") for label in ("a", OTHER)}
     assert counts == {"a": 2, OTHER: 4}
     assert memory.labels("adapter") == {"a", OTHER}
 
 
-def test_every_statistic_of_the_engine_has_its_metric_and_follows_restarts() -> None:
-    fields = {name for _, name in ENGINE_METRICS}
-    assert fields <= {one.name for one in msgspec.structs.fields(EngineStats)}
-    assert len({family.name for family, _ in ENGINE_METRICS}) == len(fields) == len(ENGINE_METRICS)
+def test_the_engines_statistics_follow_it_from_life_to_life() -> None:
+    fields = [one.field for one in ENGINE_METRICS if one.field in EngineStats.__struct_fields__]
+    assert {"steps", "running", "preemptions", "prefix_hit_tokens", "adapters_loaded"} <= set(fields)
+    counters = [one for one in ENGINE_METRICS if one.family.kind == "counter" and one.field in fields]
+    gauges = [one for one in ENGINE_METRICS if one.family.kind == "gauge" and one.field in fields]
     memory = Memory()
-    metrics = ServingMetrics(memory, 1)
-    names = {name: family for family, name in ENGINE_METRICS}
-    lives = [
-        [msgspec.structs.replace(NO_ENGINE, **dict.fromkeys(fields, value)) for value in (3, 8)],
-        [None],
-        [msgspec.structs.replace(NO_ENGINE, **dict.fromkeys(fields, value)) for value in (9, 9)],
-        [msgspec.structs.replace(NO_ENGINE, **dict.fromkeys(fields, value)) for value in (1, 2)],  # nobody saw it die
-    ]
-    sums: Counter[str] = Counter()
-    for life in lives:
-        for stats in life:
+    metrics = EngineMetrics(memory)
+    counted = 0
+    # The second engine counts further than the first one did, the third one less, and nobody saw the second one die.
+    for life in ([3, 8], [None, None], [9, 9], [1, 2]):
+        for number in life:
+            stats = None if number is None else msgspec.structs.replace(NO_ENGINE, **dict.fromkeys(fields, number))
             metrics.publish(stats)
-            last = 0 if stats is None else stats.steps
-            for name in fields:
-                if names[name].kind == "gauge":
-                    assert memory.value(names[name].name.removeprefix("openlora_")) == last
+            now = number or 0
             assert memory.value("engine_up") == (stats is not None)
-        sums.update(dict.fromkeys(fields, last))
-    counters = {name: family for name, family in names.items() if family.kind == "counter"}
-    assert counters.keys() >= {"steps", "preemptions", "prefix_hit_tokens"}
-    for name, family in counters.items():
-        assert memory.value(family.name.removeprefix("openlora_")) == sums[name] == 8 + 9 + 2
+            assert [memory.value(f"engine_{one.name}") for one in gauges] == [now] * len(gauges)
+            assert [memory.value(f"engine_{one.name}") for one in counters] == [counted + now] * len(counters)
+        counted += now
+
+
+def test_every_engine_metric_reads_a_statistic() -> None:
+    assert all(isinstance(attrgetter(one.field)(NO_ENGINE), int | float) for one in ENGINE_METRICS)
+    assert len({(one.name, one.labels) for one in ENGINE_METRICS}) == len(ENGINE_METRICS)
 
 
 @pytest.mark.parametrize("error", [AdapterNotFound("x"), EngineRestarted("x")])

@@ -13,7 +13,7 @@ import zmq.asyncio
 
 from ..errors import EngineRestarted, OpenLoRAError, Unavailable
 from .api import EngineInfo, EngineOutput, EngineRequest, EngineStats
-from .wire import Cancel, Hello, Outputs, Stats, Submit, ToClient, Welcome
+from .wire import Cancel, Figures, Hello, Outputs, Submit, ToClient, Welcome
 
 HELLO_SECONDS = 0.2
 RETRY_AFTER_MS = 2000
@@ -42,7 +42,7 @@ class EngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._receivers: dict[str, Receiver] = {}
         self.info: EngineInfo | None = None
-        self.stats: EngineStats | None = None  # of a second ago or so
+        self.stats: EngineStats | None = None  # what the engine said last, a second ago or so
 
     async def run(self) -> None:
         """Keep a connection to the engine of the moment, for ever."""
@@ -95,7 +95,7 @@ class EngineClient:
                     if receiver := self._receivers.get(output.request_id):
                         receiver.take(output)
                 self._end_of_step()
-            elif isinstance(message, Stats):
+            elif isinstance(message, Figures):
                 self.stats = message.stats
 
     def require(self) -> EngineInfo:

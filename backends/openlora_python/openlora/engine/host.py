@@ -20,7 +20,7 @@ import zmq
 from ..errors import OpenLoRAError
 from ..serving.parent_watch import exit_with
 from .api import Engine, EngineOutput, EngineRequest
-from .wire import Cancel, EngineConfig, Hello, Outputs, Report, Stats, Submit, ToEngine, Welcome
+from .wire import Cancel, EngineConfig, Figures, Hello, Outputs, Report, Submit, ToEngine, Welcome
 
 REPORT_SECONDS = 1.0
 # Where the engine computes on the CPU, tritonserver and its stubs share its cores: they have little to do, at once.
@@ -135,7 +135,7 @@ class EngineHost:
         for client, made in by_client.items():
             self._send(client, Outputs(tuple(made)))
 
-    def _send(self, client: bytes, message: Welcome | Outputs | Stats) -> None:
+    def _send(self, client: bytes, message: Welcome | Outputs | Figures) -> None:
         self._clients.send_multipart([client, self._encoder.encode(message)])
 
     def _report(self) -> None:
@@ -143,10 +143,9 @@ class EngineHost:
         if failed is not None:
             raise RuntimeError(f"the engine stopped: {failed}")  # the launcher starts a new one
         stats = self._engine.stats()
-        report = Report("engine", os.getpid(), True, stats=stats)
-        self._status.send(self._encoder.encode(report))
+        self._status.send(self._encoder.encode(Report("engine", os.getpid(), True, stats=stats)))
         for _, client in self._client_pids.values():
-            self._send(client, Stats(stats))
+            self._send(client, Figures(stats))
 
 
 def load_engine(config: EngineConfig) -> Engine:

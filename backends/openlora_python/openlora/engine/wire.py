@@ -30,8 +30,8 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
     outputs: tuple[EngineOutput, ...]
 
 
-class Stats(msgspec.Struct, tag=True, frozen=True):
-    """To every client, every second or so."""
+class Figures(msgspec.Struct, tag=True, frozen=True):
+    """The engine's statistics, told every second or so to whoever may publish them."""
 
     stats: EngineStats
 
@@ -60,4 +60,4 @@ class Report(msgspec.Struct, frozen=True):
 
 
 ToEngine = Hello | Submit | Cancel
-ToClient = Welcome | Outputs | Stats
+ToClient = Welcome | Outputs | Figures

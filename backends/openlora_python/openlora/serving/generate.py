@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import zmq
 import zmq.asyncio
@@ -28,6 +27,7 @@ from ..errors import (
     Unavailable,
 )
 from .chunk import Chunk, Control, open_control
+from .engine_metrics import EngineMetrics
 from .generation import Generation, Sink
 from .metrics import Registry, RequestRecord, ServingMetrics, outcome_of
 from .pacing import Pacer
@@ -58,6 +58,7 @@ class GenerationStep:
         # When, by id, from Triton's thread on: `_living` has them a moment later. On the monotonic clock.
         self._accepted: dict[str, float] = {}
         self._metrics = ServingMetrics(registry, run.settings.metrics.adapter_labels)
+        self._engine_metrics = EngineMetrics(registry)
         self._capacity = run.settings.engine.max_batch + run.settings.engine.max_waiting
         self._log_fault = ""  # why attribution can't write receipts, if so
         self._journal = Journal.open(run.journal_dir, wait=True, on_failure=self._journal_failed)
@@ -78,8 +79,7 @@ class GenerationStep:
                 self._check_admission(ticket)
                 self._accepted[ticket.request_id] = time.monotonic()
         except OpenLoRAError as error:
-            sink.fail(error)
-            self._metrics.record(RequestRecord(names, outcome_of(error)))
+            self._refuse(error, sink, names)
             return
         work = self._stop if ticket.kind == "stop" else self._generate
         asyncio.run_coroutine_threadsafe(work(ticket, text.decode(), sink), self._loop)
@@ -131,20 +131,19 @@ class GenerationStep:
             generation = self._new_generation(ticket, prompt, prompt_text, sink)
             self._living[ticket.request_id] = generation
             await generation.run()
-            record = generation.record(self._accepted[ticket.request_id])
+            self._metrics.record(generation.record(self._accepted[ticket.request_id]))
         except OpenLoRAError as error:
-            record = self._refuse(ticket, error, sink)
+            self._refuse(error, sink, ticket.adapter_names)
         except Exception as error:  # a fault of ours must still answer the client
             log.exception("request %s", ticket.request_id)
-            record = self._refuse(ticket, Internal(f"{type(error).__name__}: {error}"), sink)
+            self._refuse(Internal(f"{type(error).__name__}: {error}"), sink, ticket.adapter_names)
         finally:
             self._living.pop(ticket.request_id, None)
             self._accepted.pop(ticket.request_id, None)
-        self._metrics.record(record)
 
-    def _refuse(self, ticket: Ticket, error: OpenLoRAError, sink: Sink) -> RequestRecord:
+    def _refuse(self, error: OpenLoRAError, sink: Sink, adapter_names: tuple[str, ...] | None) -> None:
         sink.fail(error)
-        return RequestRecord(ticket.adapter_names, outcome_of(error))
+        self._metrics.record(RequestRecord(adapter_names, outcome_of(error)))
 
     async def _stop(self, ticket: Ticket, prompt_text: str, sink: Sink) -> None:
         """Stop the one running request with this caller and label; answers one empty response."""
@@ -206,10 +205,10 @@ class GenerationStep:
             await asyncio.sleep(REPORT_SECONDS)
 
     async def _publish(self) -> None:
-        with ThreadPoolExecutor(1, "metrics") as thread:  # each change is a round trip to tritonserver
-            while True:
-                await self._loop.run_in_executor(thread, self._metrics.publish, self._engine.stats)
-                await asyncio.sleep(METRICS_SECONDS)
+        while True:  # not on the loop: each change is a round trip to tritonserver
+            await self._loop.run_in_executor(None, self._metrics.publish)
+            await self._loop.run_in_executor(None, self._engine_metrics.publish, self._engine.stats)
+            await asyncio.sleep(METRICS_SECONDS)
 
     def _journal_failed(self, error: BaseException) -> None:
         """Nothing was acknowledged. Recover into a new segment, again and again, with the doors shut meanwhile."""

@@ -94,6 +94,7 @@ class Generation:
         self._sent_tokens = False
         self._cumulative_logprob = 0.0
         self._ended_as = ""  # finish reason or error code
+        self._billed_prompt = 0  # tokens, once they are in the journal
         self._queue_seconds: float | None = None
         self._first_token_at: float | None = None
         self.streaming = ticket.stream
@@ -130,7 +131,7 @@ class Generation:
         return RequestRecord(
             self.ticket.adapter_names,
             self._ended_as,
-            len(self._prompt) if self._usage.begun else 0,
+            self._billed_prompt,
             self._usage.output_tokens,
             self._queue_seconds,
             None if first is None else first - accepted_at,
@@ -154,6 +155,7 @@ class Generation:
         self.deadline = time.monotonic() + self.ticket.timeout_ms / 1000
         info = self._engine.require()
         await self._usage.begin(self.ticket, info, len(self._prompt), self._prompt_text)
+        self._billed_prompt = len(self._prompt)
         finish_reason = await self._run_engine()
         self._take_text(self._text.finish())
         if self._text.stopped and finish_reason == "length":

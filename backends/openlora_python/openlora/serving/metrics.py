@@ -1,4 +1,4 @@
-"""What the metrics port says of requests, adapters and the engine; `docs/metrics.md` explains every family.
+"""What the metrics port says of requests and adapters; `docs/metrics.md` explains every family.
 
 Free of Triton: `Registry` is its binding. Telling Triton of a change is a round trip between two processes, so changes
 are gathered here and published together. Triton keeps a label for as long as it runs, so the labels are bounded.
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from ..engine.api import EngineStats
 from ..errors import OpenLoRAError
 
 BASE = "base"  # reserved: no adapter has this name
@@ -64,27 +63,6 @@ ADAPTER_FIRST_TOKEN = Family(
     "openlora_adapter_time_to_first_token_seconds_total", "counter", "Sum of times to first token by adapter"
 )
 REFUSED = Family("openlora_requests_refused_total", "counter", "Requests that the resolver refused, by error code")
-ENGINE_UP = Family("openlora_engine_up", "gauge", "1 while an engine answers, else 0")
-
-# The statistics of an engine that are published: what they are called, and the field of EngineStats.
-ENGINE_METRICS: tuple[tuple[Family, str], ...] = (
-    (Family("openlora_engine_steps_total", "counter", "Steps of the engine"), "steps"),
-    (Family("openlora_engine_running_requests", "gauge", "Requests with a row in the engine"), "running"),
-    (Family("openlora_engine_waiting_requests", "gauge", "Requests that wait for a row or an adapter"), "waiting"),
-    (Family("openlora_engine_kv_blocks", "gauge", "KV cache blocks"), "kv_blocks_total"),
-    (Family("openlora_engine_kv_blocks_used", "gauge", "KV cache blocks that running requests hold"), "kv_blocks_used"),
-    (Family("openlora_engine_kv_blocks_cached", "gauge", "Free blocks with reusable prefixes"), "kv_blocks_cached"),
-    (Family("openlora_engine_adapters_loaded", "gauge", "Adapters in device slots"), "adapters_loaded"),
-    (
-        Family("openlora_engine_prefix_lookup_tokens_total", "counter", "Prompt tokens looked up in the prefix cache"),
-        "prefix_lookup_tokens",
-    ),
-    (
-        Family("openlora_engine_prefix_hit_tokens_total", "counter", "Prompt tokens found in the prefix cache"),
-        "prefix_hit_tokens",
-    ),
-    (Family("openlora_engine_preemptions_total", "counter", "Requests sent back to the queue"), "preemptions"),
-)
 
 
 def outcome_of(error: OpenLoRAError) -> str:
@@ -142,7 +120,6 @@ class ServingMetrics:
         self._lock = threading.Lock()
         self._gathered = _Gathered()
         self._metrics: dict[_Series, Metric] = {}
-        self._published: dict[str, float] = {}  # counters of the engine of the moment, by field
 
     def record(self, request: RequestRecord) -> None:
         """Count a request; an ensemble counts for each of its adapters."""
@@ -168,8 +145,8 @@ class ServingMetrics:
             gathered.add(ADAPTER_QUEUE, request.queue_seconds, adapter=label)
             gathered.add(ADAPTER_FIRST_TOKEN, request.first_token_seconds, adapter=label)
 
-    def publish(self, engine: EngineStats | None) -> None:
-        """Tell the registry what was gathered, and how the engine does; None = there is none now."""
+    def publish(self) -> None:
+        """Tell the registry what was gathered."""
         with self._lock:
             gathered, self._gathered = self._gathered, _Gathered()
         for (family, labels), amount in gathered.amounts.items():
@@ -178,23 +155,6 @@ class ServingMetrics:
                 metric.increment(amount)
         for family, seconds in gathered.observations:
             self._metric(family).observe(seconds)
-        self._publish_engine(engine)
-
-    def _publish_engine(self, engine: EngineStats | None) -> None:
-        self._metric(ENGINE_UP).set(0 if engine is None else 1)
-        for family, name in ENGINE_METRICS:
-            value = 0 if engine is None else getattr(engine, name)
-            before = self._published.get(name)
-            self._published[name] = value
-            if value == before:
-                continue
-            metric = self._metric(family)
-            if family.kind == "gauge":
-                metric.set(value)
-            elif value > (before or 0):
-                metric.increment(value - (before or 0))
-            elif engine is not None:
-                metric.increment(value)  # a new engine counts from zero
 
     def _metric(self, family: Family, labels: Sequence[tuple[str, str]] = ()) -> Metric:
         series = (family, tuple(labels))

@@ -22,9 +22,8 @@ class RequestUsage:
         self._journal = journal
         self._loop = asyncio.get_running_loop()
         self._request_id: str | None = None  # set once the intent is durable
-        self.begun = False
         self._output = output_commitment(bytes(SALT_BYTES))
-        self.output_tokens = 0
+        self._out_tokens = 0
 
     async def begin(self, ticket: Ticket, info: EngineInfo, in_tokens: int, prompt_text: str) -> None:
         """Write the intent; returns when it is on disk.
@@ -50,21 +49,24 @@ class RequestUsage:
         )
         await self._durable(lambda done, failed: self._journal.append([intent], done, failed))
         self._request_id = ticket.request_id
-        self.begun = True
 
     def count_token(self) -> None:
-        self.output_tokens += 1
+        self._out_tokens += 1
+
+    @property
+    def output_tokens(self) -> int:
+        return self._out_tokens
 
     def add_text(self, text: str) -> None:
         self._output.update(text.encode())
 
     def progress(self) -> ProgressFrame:
         """What is about to be sent: in the journal before it leaves, so that a killed answer's receipt counts it."""
-        return ProgressFrame(self._request_id, self.output_tokens, self._output.digest())
+        return ProgressFrame(self._request_id, self._out_tokens, self._output.digest())
 
     async def complete(self, status: int) -> int:
         """Write the completion; its number, once it is on disk."""
-        request_id, out_tokens, commit = self._request_id, self.output_tokens, self._output.digest()
+        request_id, out_tokens, commit = self._request_id, self._out_tokens, self._output.digest()
         ended_at = int(time.time())
         seq = await self._durable(
             lambda done, failed: self._journal.append_completion(
