@@ -249,7 +249,7 @@ def test_unready_targets_are_skipped_only_where_the_group_says_so(ask, catalog_p
     for key in KEYS[:100]:
         assert list(ask("lenient", key=key)) == ["v1"]
         try:
-            outcomes.update(ask("strict", key=key))
+            outcomes.update(list(ask("strict", key=key)))
         except OpenLoRAError as error:
             outcomes[type(error).__name__] += 1
     expected = AdapterInvalid if gone == "quarantined" else AdapterNotFound
