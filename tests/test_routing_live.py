@@ -46,10 +46,16 @@ def client(live: LiveServer) -> Iterator[OpenLoRAClient]:
 
 
 @pytest.fixture(scope="module")
-def texts(client: OpenLoRAClient) -> dict[str, str]:
+def alice(live: LiveServer) -> Iterator[OpenLoRAClient]:
+    with OpenLoRAClient(live.grpc_url, api_key=ALICE_KEY) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def texts(client: OpenLoRAClient, alice: OpenLoRAClient) -> dict[str, str]:
     """What each adapter answers by itself; all differ."""
     answers = {name: client.generate(PROMPT, name, **GREEDY).text for name in ("v1", "v2")}
-    answers["secret"] = client.generate(PROMPT, "secret", api_key=ALICE_KEY, **GREEDY).text
+    answers["secret"] = alice.generate(PROMPT, "secret", **GREEDY).text
     assert len({*answers.values(), client.generate(PROMPT, **GREEDY).text}) == 4
     return answers
 
@@ -71,11 +77,11 @@ def used(receipt: dict[str, Any], live: LiveServer, text: str) -> list[str]:
     """Names of the adapters that a receipt names by digest; it must verify."""
     assert verify_receipt(receipt, load_log_key(live.log_key), PROMPT, text).known
     names = {digest: name for name, digest in digests(live).items()}
-    return [names[use["digest"]] for use in receipt["adapters"]["adapters"]]
+    return [names[use["digest"]] for use in receipt["blobs"]["adapters"]["adapters"]]
 
 
 def test_a_canary_is_moved_while_the_server_runs(
-    live: LiveServer, client: OpenLoRAClient, texts: dict[str, str]
+    live: LiveServer, client: OpenLoRAClient, alice: OpenLoRAClient, texts: dict[str, str]
 ) -> None:
     with pytest.raises(AdapterNotFound, match="no adapter 'support'"):
         client.generate(PROMPT, "support", **GREEDY)
@@ -90,14 +96,14 @@ def test_a_canary_is_moved_while_the_server_runs(
     counts = Counter(chosen[60, key] for key in KEYS)
     assert set(counts) == {"v1", "v2"}
     assert {key for key in KEYS if chosen[20, key] == "v2"} < {key for key in KEYS if chosen[60, key] == "v2"}
-    ensemble = client.generate(PROMPT, [("support", 0.5), ("secret", 0.25)], api_key=ALICE_KEY, **GREEDY)
+    ensemble = alice.generate(PROMPT, [("support", 0.5), ("secret", 0.25)], **GREEDY)
     assert used(ensemble.receipt, live, ensemble.text)[1] == "secret"
     routes(live, "remove", "support")
     with pytest.raises(AdapterNotFound, match="no adapter 'support'"):
         client.generate(PROMPT, "support", **GREEDY)
 
 
-def test_tasks(live: LiveServer, client: OpenLoRAClient, texts: dict[str, str]) -> None:
+def test_tasks(live: LiveServer, client: OpenLoRAClient, alice: OpenLoRAClient, texts: dict[str, str]) -> None:
     poem = client.generate(PROMPT, '{"task": "poems"}', **GREEDY)
     assert (poem.text, used(poem.receipt, live, poem.text)) == (texts["v2"], ["v2"])
     with pytest.raises(InvalidArgument, match="several adapters are for the task 'sql': v1, v2; name one"):
@@ -106,7 +112,7 @@ def test_tasks(live: LiveServer, client: OpenLoRAClient, texts: dict[str, str]) 
     assert client.generate(PROMPT, [{"task": "sql"}], **GREEDY).text == texts["v1"]
     with pytest.raises(AdapterNotFound, match="no adapter for the task 'gossip'"):
         client.generate(PROMPT, '{"task": "gossip"}', **GREEDY)
-    assert client.generate(PROMPT, '{"task": "gossip"}', api_key=ALICE_KEY, **GREEDY).text == texts["secret"]
+    assert alice.generate(PROMPT, '{"task": "gossip"}', **GREEDY).text == texts["secret"]
 
 
 def test_the_gateway_lists_groups_and_takes_them_as_models(live: LiveServer, texts: dict[str, str]) -> None:
@@ -121,20 +127,18 @@ def test_the_gateway_lists_groups_and_takes_them_as_models(live: LiveServer, tex
     mine = listed({"authorization": f"Bearer {ALICE_KEY}"})
     assert set(mine) == {"base", "v1", "v2", "secret", "canary", "hidden"}
     assert (mine["canary"]["parent"], mine["canary"]["root"]) == ("base", "model")
-    with openai.OpenAI(base_url=f"{live.gateway_url}/v1", api_key=ALICE_KEY, max_retries=0) as alice:
-        body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 8}
-        options = {"ignore_eos": True}
-        assert alice.completions.create(model="hidden", **body, extra_body=options).choices[0].text == texts["secret"]
-        seen = {
-            alice.completions.create(model="canary", **body, extra_body={**options, "routing_key": key}).choices[0].text
-            for key in KEYS[:20]
-        }
-        assert seen == {texts["v1"], texts["v2"]}
-        again = [
-            alice.completions.create(model="canary", **body, extra_body={**options, "routing_key": "k"}).choices[0].text
-            for _ in range(4)
-        ]
-        assert len(set(again)) == 1
+    with openai.OpenAI(base_url=f"{live.gateway_url}/v1", api_key=ALICE_KEY, max_retries=0) as gateway:
+
+        def complete(model: str, **extra: str) -> str:
+            options = {"ignore_eos": True, **extra}
+            made = gateway.completions.create(
+                model=model, prompt=PROMPT, temperature=0, max_tokens=8, extra_body=options
+            )
+            return made.choices[0].text
+
+        assert complete("hidden") == texts["secret"]
+        assert {complete("canary", routing_key=key) for key in KEYS[:20]} == {texts["v1"], texts["v2"]}
+        assert len({complete("canary", routing_key="k") for _ in range(4)}) == 1
     refused = httpx.post(f"{live.gateway_url}/v1/completions", json={"model": "hidden", "prompt": PROMPT})
     unknown = httpx.post(f"{live.gateway_url}/v1/completions", json={"model": "nobody", "prompt": PROMPT})
     assert refused.status_code == unknown.status_code == 404
