@@ -34,6 +34,9 @@ CREATE TABLE IF NOT EXISTS adapters (
 CREATE TABLE IF NOT EXISTS adapter_groups (
     name TEXT PRIMARY KEY, targets TEXT NOT NULL, skip_unready INTEGER NOT NULL, changed_at INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS adapter_tasks (
+    task TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (task, name)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS task_preferences (task TEXT PRIMARY KEY, adapter TEXT NOT NULL) STRICT;
 """
 
@@ -186,6 +189,9 @@ class Catalog:
                 record.added_at,
             ),
         )
+        if record.status == "ready" and record.card:  # a name stays with a task: the card of its version has the word
+            tasks = [(task, record.name) for task in record.card.get("tasks", ())]
+            self._connection.executemany("INSERT OR IGNORE INTO adapter_tasks VALUES (?, ?)", tasks)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -136,7 +136,6 @@ class RoutesReader:
         self._data_version: int | None = None
         self._groups: dict[str, Group] = {}
         self._preferred: dict[str, str] = {}
-        self._declaring: dict[str, tuple[str, ...]] | None = None  # read when first asked for
 
     def close(self) -> None:
         self._connection.close()
@@ -156,12 +155,15 @@ class RoutesReader:
             return dict(sorted(self._preferred.items()))
 
     def for_task(self, task: str) -> tuple[str | None, list[str]]:
-        """The preferred adapter, and the names, it first, of those of which some version's card declares `task`."""
+        """The preferred adapter, and the names, it first, of those of which some version's card declared `task`."""
         with self._fresh():
-            if self._declaring is None:
-                self._declaring = self._read_declaring()
-            names, preferred = self._declaring.get(task, ()), self._preferred.get(task)
-            return preferred, sorted(names, key=lambda name: (name != preferred, name))
+            rows = self._connection.execute(
+                "SELECT name FROM adapter_tasks AS declared WHERE task = ? AND EXISTS "
+                "(SELECT 1 FROM adapters WHERE adapters.name = declared.name AND removed_at IS NULL) ORDER BY name",
+                (task,),
+            )
+            names, preferred = [name for (name,) in rows], self._preferred.get(task)
+        return preferred, sorted(names, key=lambda name: name != preferred)
 
     @contextmanager
     def _fresh(self) -> Iterator[None]:
@@ -174,18 +176,8 @@ class RoutesReader:
                     for name, targets, skip, changed_at in rows
                 }
                 self._preferred = dict(self._connection.execute("SELECT task, adapter FROM task_preferences"))
-                self._declaring, self._data_version = None, data_version
+                self._data_version = data_version
             yield
-
-    def _read_declaring(self) -> dict[str, tuple[str, ...]]:
-        names: dict[str, list[str]] = {}
-        rows = self._connection.execute(
-            "SELECT DISTINCT tasks.value, adapters.name FROM adapters, json_each(adapters.card, '$.tasks') AS tasks "
-            "WHERE adapters.removed_at IS NULL AND adapters.card LIKE '%\"tasks\"%' AND tasks.type = 'text'"
-        )
-        for task, name in rows:
-            names.setdefault(task, []).append(name)
-        return {task: tuple(declaring) for task, declaring in names.items()}
 
 
 def _check_targets(targets: tuple[Target, ...]) -> None:
