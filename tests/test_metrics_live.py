@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from live_server import LiveServer
-from receipt_watch import wait_for
+from process_watch import server_processes
+from receipt_watch import CANCELLED, wait_for, wait_for_receipt
 from small_server import small_server
 
 from openlora.errors import AdapterNotFound, InvalidArgument
@@ -19,6 +20,7 @@ from openlora_client import Answer, OpenLoRAClient
 LINE = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 OWN_LABELS = 2
+LONGEST = 200  # tokens: what the context has room for beside the prompt
 NAMES = ("one", "tw.o-2_", "three", "four", "five")
 Scrape = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -126,3 +128,38 @@ def test_the_engines_statistics_come_through(live: LiveServer) -> None:
     assert value(found, "engine_waiting_requests") == 0
     looked_up = value(found, "engine_prefix_lookup_tokens_total") - value(before, "engine_prefix_lookup_tokens_total")
     assert looked_up == answer.usage.input_tokens
+
+
+def test_a_cancelled_answer_counts_what_its_receipt_says(live: LiveServer) -> None:
+    before = scrape(live)
+    with OpenLoRAClient(live.grpc_url) as client:
+        stream = client.stream("the cat sat", "one", max_tokens=LONGEST, ignore_eos=True)
+        request_id = next(stream).request_id
+        stream.close()
+    receipt = wait_for_receipt(live, request_id).receipt
+    assert receipt.status == CANCELLED and receipt.out_tokens < LONGEST
+    labels = {"adapter": "one", "outcome": "cancelled"}
+    found = wait_for("the request", lambda: later(live, before, "adapter_requests_total", **labels))
+    for name, tokens in (("prompt_tokens", receipt.in_tokens), ("output_tokens", receipt.out_tokens)):
+        for metric, of in ((f"{name}_total", {}), (f"adapter_{name}_total", {"adapter": "one"})):
+            assert value(found, metric, **of) - value(before, metric, **of) == tokens
+
+
+def test_counters_go_on_when_the_engine_dies(live: LiveServer) -> None:
+    before = scrape(live)
+    server_processes(live.launcher_pid)["engine"].kill()
+    wait_for("word of its death", lambda: value(scrape(live), "engine_up") == 0 or None)
+    live.wait_ready()
+    with OpenLoRAClient(live.grpc_url) as client:
+        client.generate("the cat sat", max_tokens=20, ignore_eos=True)
+    found = wait_for("more steps", lambda: later(live, before, "engine_steps_total", by=20))
+    assert value(found, "engine_up") == 1
+    for (name, labels), amount in before.items():
+        if name.endswith("_total"):
+            assert found[name, labels] >= amount
+
+
+def later(server: LiveServer, before: Scrape, name: str, by: float = 1, **labels: str) -> Scrape | None:
+    """What the port says once a counter is so much further than it was."""
+    found = scrape(server)
+    return found if value(found, name, **labels) >= value(before, name, **labels) + by else None
