@@ -24,6 +24,8 @@ TAKEN = {
     '[{"name": "a", "version": null}]': [("a", 1_000_000, None)],
     ' {"adapters": ["a"]}': [("a", 1_000_000, None)],
     '{"adapters": ["a", "b"], "method": "cat"}': [("a", 1_000_000, None), ("b", 1_000_000, None)],
+    '{"task": "sql"}': [("", 1_000_000, None, "sql")],
+    '["a", {"task": "sql", "weight": 0.5}]': [("a", 1_000_000, None), ("", 500_000, None, "sql")],
     # Weights are rounded to 1e-6 before anything else.
     '[{"name": "a", "weight": 0.1234564}]': [("a", 123_456, None)],
     '[{"name": "a", "weight": -10.0000004}]': [("a", -10_000_000, None)],

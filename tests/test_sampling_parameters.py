@@ -56,6 +56,7 @@ TAKEN: dict[str, tuple[Any, Any]] = {  # what is sent, and what it means
     "skip_special_tokens": (0, False),
     "add_special_tokens": ("false", False),
     "lora_name": ("pirate", "pirate"),
+    "routing_key": ("conversation 7", "conversation 7"),
     "priority": (-(2**31), -(2**31)),
     "timeout_ms": ("1000", 1000),
     "n": (1, 1),

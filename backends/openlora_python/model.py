@@ -9,6 +9,7 @@ from openlora.serving.generate import GenerationStep
 from openlora.serving.parent_watch import watch_from_stub
 from openlora.serving.responder import Responder, tensor
 from openlora.serving.seal import Seal
+from openlora.serving.triton_metrics import TritonRegistry
 
 
 class ChunkSink(Responder):
@@ -27,7 +28,7 @@ class TritonPythonModel:
         run = RunConfig.load()
         watch_from_stub(run.launcher_pid, run.shm_prefix)
         self._seal = Seal(run.run_key_path, "usage")
-        self._step = GenerationStep(run)
+        self._step = GenerationStep(run, TritonRegistry())
 
     def execute(self, requests: list) -> None:
         for request in requests:

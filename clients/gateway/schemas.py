@@ -56,7 +56,7 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What completions and chat have in common: OpenAI's fields, and vLLM's names for the rest."""
 
-    model: Text  # an adapter, or `base`
+    model: Text  # an adapter, a group of them, or `base`
     adapters: Annotated[list[AdapterEntry], Field(min_length=1)] | None = None  # with model `base`: an ensemble
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -77,6 +77,7 @@ class GenerationBody(Body):
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None  # the same in vLLM's words
     priority: int | None = None
+    routing_key: Text | None = None  # requests with the same one get the same adapter of a group
     timeout_ms: int | None = Field(default=None, ge=1)
     user: Text | None = None  # OpenAI's end-user label: has no effect on the answer and is not stored
     n: Annotated[int | None, _neutral(1, None)] = None

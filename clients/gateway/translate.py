@@ -31,6 +31,7 @@ SAMPLING = {
     "response_format",
     "structured_outputs",
     "priority",
+    "routing_key",
 }
 
 

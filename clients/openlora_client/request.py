@@ -44,6 +44,7 @@ class SamplingOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     add_special_tokens: bool | None
     priority: int | None
+    routing_key: str | None  # requests with the same one get the same adapter of a group
 
 
 @dataclass(frozen=True)

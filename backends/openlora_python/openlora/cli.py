@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from .adapters.commands import adapters_app
+from .adapters.routes_commands import routes_app
 from .attribution.commands import receipts_app
 from .bench.command import bench
 from .errors import OpenLoRAError
@@ -29,6 +30,7 @@ app.command()(stop)
 app.command()(generate)
 app.command()(bench)
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")
 app.add_typer(keys_app, name="keys")
 

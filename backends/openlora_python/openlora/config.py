@@ -104,6 +104,11 @@ class AttributionSettings(_Section):
     origin: str = Field(default="localhost/openlora", min_length=1, max_length=128)  # of the receipt log
 
 
+class MetricsSettings(_Section):
+    # Adapters with a label of their own on the metrics port, first come, first served; the others share one.
+    adapter_labels: int = Field(default=100, ge=0, le=10_000)
+
+
 class Settings(BaseSettings):
     """What an operator may set. `model` and `adapters` are directories on this machine."""
 
@@ -123,6 +128,7 @@ class Settings(BaseSettings):
     access: Access = Access()
     restart: RestartPolicy = RestartPolicy()
     attribution: AttributionSettings = AttributionSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:

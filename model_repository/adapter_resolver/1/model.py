@@ -7,10 +7,12 @@ import triton_python_backend_utils as pb_utils
 
 from openlora.config import RunConfig
 from openlora.errors import Internal, OpenLoRAError
+from openlora.serving.metrics import RefusalMetrics
 from openlora.serving.parent_watch import watch_from_stub
 from openlora.serving.resolve import ResolverStep
 from openlora.serving.responder import tensor, triton_error
 from openlora.serving.status import StatusReporter
+from openlora.serving.triton_metrics import TritonRegistry
 
 LISTS = {"stop_words", "bad_words"}
 
@@ -23,6 +25,7 @@ class TritonPythonModel:
         self._inputs = [entry["name"] for entry in config["input"]]
         self._logger = pb_utils.Logger
         self._step = ResolverStep(run)
+        self._refusals = RefusalMetrics(TritonRegistry())
         self._status = StatusReporter(run.socket("status"), "adapter_resolver")
         self._status.report(ready=True)
 
@@ -35,10 +38,13 @@ class TritonPythonModel:
                 self._values(request), json.loads(request.parameters() or "{}"), request.request_id()
             )
         except OpenLoRAError as error:
+            self._refusals.count(error)
             return pb_utils.InferenceResponse(error=triton_error(error))
         except Exception as error:  # a fault of ours: said as such, with its name, and written to the log
             self._logger.log_error(f"adapter_resolver: {type(error).__name__}: {error}")
-            return pb_utils.InferenceResponse(error=triton_error(Internal(f"{type(error).__name__}: {error}")))
+            fault = Internal(f"{type(error).__name__}: {error}")
+            self._refusals.count(fault)
+            return pb_utils.InferenceResponse(error=triton_error(fault))
         return pb_utils.InferenceResponse(output_tensors=[tensor("ticket", ticket, numpy.object_)])
 
     def _values(self, request) -> dict:

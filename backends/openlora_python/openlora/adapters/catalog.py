@@ -35,6 +35,13 @@ CREATE INDEX IF NOT EXISTS adapters_by_digest ON adapters (name, digest);
 CREATE TABLE IF NOT EXISTS names (
     name TEXT PRIMARY KEY, current INTEGER NOT NULL, pinned INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1))
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS adapter_groups (
+    name TEXT PRIMARY KEY, targets TEXT NOT NULL, skip_unready INTEGER NOT NULL, changed_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS adapter_tasks (
+    task TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (task, name)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS task_preferences (task TEXT PRIMARY KEY, adapter TEXT NOT NULL) STRICT;
 """
 
 Change = Literal["added", "updated", "unchanged"]
@@ -108,8 +115,12 @@ class Catalog:
 
         The bytes that a name already means keep their version (their card, status or base may change); others become
         its next version, and the current one.
+
+        Raises:
+            InvalidArgument: the name is a group's.
         """
         with self._transaction():
+            self.check_free(record.name)
             same = self._same(record)
             if same is None:
                 (last,) = self._connection.execute(
@@ -185,6 +196,11 @@ class Catalog:
             self._remove(gone)
         return gone
 
+    def check_free(self, name: str) -> None:
+        """Raises InvalidArgument when `openlora routes` gave this name to a group: no adapter can have it then."""
+        if self._connection.execute("SELECT 1 FROM adapter_groups WHERE name = ?", (name,)).fetchone():
+            raise InvalidArgument(f"{name!r} is a group of adapters, see `openlora routes list`", field="name")
+
     def from_origin(self, origin: str) -> list[AdapterRecord]:
         return select(self._connection, "a.origin = ?", (origin,))
 
@@ -235,6 +251,9 @@ class Catalog:
                 record.added_at,
             ),
         )
+        if record.status == "ready" and record.card:  # a name stays with a task: the card of its version has the word
+            tasks = [(task, record.name) for task in record.card.get("tasks", ())]
+            self._connection.executemany("INSERT OR IGNORE INTO adapter_tasks VALUES (?, ?)", tasks)
 
     def _migrate(self, path: Path) -> None:
         with self._transaction():

@@ -38,11 +38,15 @@ def ingest(
         is `failed`.
 
     Raises:
-        InvalidArgument: for a name that no adapter can have.
+        InvalidArgument: for a name that no adapter can have, or a group has.
         UnsupportedModel, Internal: when nothing can be checked against this base model.
     """
     for job in jobs:
         check_name(job.name)
+    with Catalog(state_dir / CATALOG_FILE) as catalog:
+        for job in jobs:
+            if not job.origin:  # those of a directory fail one by one
+                catalog.check_free(job.name)
     results: list[IngestResult] = []
     while left := tuple(jobs[len(results) :]):
         worker = _Worker(IngestRequest(str(state_dir.resolve()), base, left), progress)

@@ -5,6 +5,7 @@ The data shares are declared, not measured: they are what the owner of the model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,8 @@ Address = Annotated[str, AfterValidator(_checksummed)]
 Share = Annotated[int, Field(gt=0, le=WHOLE)]
 Price = Annotated[int, Field(ge=0, lt=2**53)]
 Text = Annotated[str, Field(min_length=1, max_length=256)]
+TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
+Task = Annotated[str, Field(pattern=f"^{TASK.pattern}$")]
 
 
 class _Strict(BaseModel):
@@ -96,6 +99,12 @@ class Card(_Strict):
     prices: Prices
     access: AccessRule | None = None  # who may use it; None = everybody
     datasets: Annotated[tuple[DatasetShare, ...], Field(strict=False, max_length=64)] = ()
+    tasks: Annotated[tuple[Task, ...], Field(strict=False, max_length=16)] = ()  # what requests may ask for it by
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Card:
+        _unique("task", self.tasks)
+        return self
 
     @model_validator(mode="after")
     def _check_datasets(self) -> Card:

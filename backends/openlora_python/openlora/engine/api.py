@@ -87,6 +87,7 @@ class EngineOutput(msgspec.Struct):
     error: str = ""  # str() of an OpenLoRAError, with finish_reason "error"
     logprobs: list[TokenLogprob] | None = None
     cached_tokens: int = 0  # on the first one with tokens: of the prompt, taken from the prefix cache
+    queue_seconds: float = 0.0  # on the same one: from submission until it got a row
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

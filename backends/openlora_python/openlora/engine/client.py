@@ -12,8 +12,8 @@ import zmq
 import zmq.asyncio
 
 from ..errors import EngineRestarted, OpenLoRAError, Unavailable
-from .api import EngineInfo, EngineOutput, EngineRequest
-from .wire import Cancel, Hello, Outputs, Submit, ToClient, Welcome
+from .api import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from .wire import Cancel, Figures, Hello, Outputs, Submit, ToClient, Welcome
 
 HELLO_SECONDS = 0.2
 RETRY_AFTER_MS = 2000
@@ -42,6 +42,7 @@ class EngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._receivers: dict[str, Receiver] = {}
         self.info: EngineInfo | None = None
+        self.stats: EngineStats | None = None  # what the engine said last, a second ago or so
 
     async def run(self) -> None:
         """Keep a connection to the engine of the moment, for ever."""
@@ -78,7 +79,7 @@ class EngineClient:
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-            self._socket = self.info = None
+            self._socket = self.info = self.stats = None
             for receiver in self._receivers.values():
                 receiver.abort(EngineRestarted("the engine died while this request ran", retry_after_ms=RETRY_AFTER_MS))
             for task in (reading, ended):
@@ -94,6 +95,8 @@ class EngineClient:
                     if receiver := self._receivers.get(output.request_id):
                         receiver.take(output)
                 self._end_of_step()
+            elif isinstance(message, Figures):
+                self.stats = message.stats
 
     def require(self) -> EngineInfo:
         """The facts of the engine that answers now.

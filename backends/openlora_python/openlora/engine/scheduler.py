@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import time
 from dataclasses import dataclass, field
 
 from ..errors import Internal, OpenLoRAError
@@ -26,6 +27,8 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     keys: KeyChain
     deadline: float | None = None  # of the monotonic clock
+    submitted_at: float = field(default_factory=time.monotonic)
+    queue_seconds: float | None = None  # until it first ran
     computed: int = 0  # leading tokens whose keys and values are in the cache
     cached: int | None = None  # leading prompt tokens that were in the cache when it first ran
     running: bool = False
@@ -232,6 +235,8 @@ class Scheduler:
         self._dequeue(sequence, served=True)
         bisect.insort(self.running, sequence, key=lambda other: other.seniority)
         sequence.running = True
+        if sequence.queue_seconds is None:
+            sequence.queue_seconds = time.monotonic() - sequence.submitted_at
         return True
 
     def _load_adapters(self, sequence: Sequence) -> bool:

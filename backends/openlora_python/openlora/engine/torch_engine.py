@@ -344,6 +344,7 @@ class TorchEngine:
             output = EngineOutput(sequence.request.request_id, [choice.token_id], logprobs=logprobs)
         if len(sequence.sampling.output) == 1:
             output.cached_tokens = sequence.cached
+            output.queue_seconds = sequence.queue_seconds
         return output
 
     def _finish_reason(self, sequence: Sequence) -> str:

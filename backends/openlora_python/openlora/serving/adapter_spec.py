@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.catalog import NAME, RESERVED_NAMES
+from ..attribution.card import TASK
 from ..engine.api import WEIGHT_ONE
 from ..errors import InvalidArgument
 from .sampling_parameters import parse_json
@@ -17,11 +18,12 @@ FIELD = "adapters"
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter as asked for."""
+    """One adapter as asked for: by its name, by a group's, or by what it is to do."""
 
-    name: str
+    name: str  # empty with a task
     weight: int  # 1e-6 units
     version: int | str | None  # number, or the first digits of its digest; None = the current one
+    task: str | None = None
 
 
 def parse_adapters(text: str) -> tuple[AdapterSpec, ...]:
@@ -35,7 +37,9 @@ def parse_adapters(text: str) -> tuple[AdapterSpec, ...]:
     if text.lstrip()[0] not in "[{":
         return (_one(text.strip(), 1, None),)
     tree = parse_json(text, FIELD)
-    if isinstance(tree, dict):
+    if isinstance(tree, dict) and "task" in tree:
+        tree = [tree]
+    elif isinstance(tree, dict):
         _only(tree, {"adapters", "method", "density"})
         method = tree.get("method", "cat")
         if method != "cat":
@@ -53,7 +57,7 @@ def parse_adapters(text: str) -> tuple[AdapterSpec, ...]:
         raise InvalidArgument(f"at most {MAX_ADAPTERS} adapters, got {len(tree)}", field=FIELD)
     specs = tuple(_entry(item) for item in tree)
     names = [spec.name for spec in specs]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
+    if repeated := next((name for name in names if name and names.count(name) > 1), None):
         raise InvalidArgument(f"{repeated!r} comes twice", field=FIELD)
     if not any(spec.weight for spec in specs):
         raise InvalidArgument("all weights are zero; leave adapters out to ask the base model", field=FIELD)
@@ -65,10 +69,19 @@ def _entry(item: Any) -> AdapterSpec:
         return _one(item, 1, None)
     if not isinstance(item, dict):
         raise InvalidArgument(f"an adapter is a name or an object, got {item!r:.80}", field=FIELD)
+    if "task" in item:
+        _only(item, {"task", "weight"})
+        return _for_task(item["task"], item.get("weight", 1))
     _only(item, {"name", "weight", "version"})
     if "name" not in item:
         raise InvalidArgument("an adapter without a name", field=FIELD)
     return _one(item["name"], item.get("weight", 1), item.get("version"))
+
+
+def _for_task(task: Any, weight: Any) -> AdapterSpec:
+    if not isinstance(task, str) or not TASK.fullmatch(task):
+        raise InvalidArgument(f"{task!r:.80} is no task ({TASK.pattern})", field=FIELD)
+    return AdapterSpec("", _weight(weight, task), None, task)
 
 
 def _one(name: Any, weight: Any, version: Any) -> AdapterSpec:
@@ -76,13 +89,19 @@ def _one(name: Any, weight: Any, version: Any) -> AdapterSpec:
         raise InvalidArgument(f"{name!r:.140} is no adapter name ({NAME.pattern})", field=FIELD)
     if name in RESERVED_NAMES:
         raise InvalidArgument(f"{name!r} is the base model: leave adapters out to ask it", field=FIELD)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise InvalidArgument(f"weight of {name!r}: a number is wanted, got {weight!r:.80}", field=FIELD)
-    if not abs(weight) < MAX_WEIGHT + 1 or abs(round(weight * WEIGHT_ONE)) > MAX_WEIGHT * WEIGHT_ONE:
-        raise InvalidArgument(f"weight of {name!r}: at most {MAX_WEIGHT} in size, got {weight!r:.80}", field=FIELD)
+    units = _weight(weight, name)
     if version is not None and (isinstance(version, bool) or not isinstance(version, int | str)):
         raise InvalidArgument(f"version of {name!r}: a number or a digest is wanted, got {version!r:.80}", field=FIELD)
-    return AdapterSpec(name, round(weight * WEIGHT_ONE), version)
+    return AdapterSpec(name, units, version)
+
+
+def _weight(weight: Any, of: str) -> int:
+    """In 1e-6 units."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise InvalidArgument(f"weight of {of!r}: a number is wanted, got {weight!r:.80}", field=FIELD)
+    if not abs(weight) < MAX_WEIGHT + 1 or abs(round(weight * WEIGHT_ONE)) > MAX_WEIGHT * WEIGHT_ONE:
+        raise InvalidArgument(f"weight of {of!r}: at most {MAX_WEIGHT} in size, got {weight!r:.80}", field=FIELD)
+    return round(weight * WEIGHT_ONE)
 
 
 def _only(tree: dict[str, Any], known: set[str]) -> None:

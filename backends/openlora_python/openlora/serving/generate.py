@@ -27,7 +27,9 @@ from ..errors import (
     Unavailable,
 )
 from .chunk import Chunk, Control, open_control
+from .engine_metrics import EngineMetrics
 from .generation import Generation, Sink
+from .metrics import Registry, RequestRecord, ServingMetrics, outcome_of
 from .pacing import Pacer
 from .quota_store import LedgerKeeper
 from .seal import Seal
@@ -37,6 +39,7 @@ from .ticket import Ticket, TicketOffice
 from .usage import RequestUsage
 
 REPORT_SECONDS = 0.5
+METRICS_SECONDS = 1.0
 JOURNAL_RETRY_SECONDS = 1.0
 SAVE_SECONDS = 1.0  # between two savings of the quota ledger
 OVERLOAD_RETRY_MS = 1000
@@ -48,13 +51,16 @@ log = logging.getLogger(__name__)
 class GenerationStep:
     """Runs requests from ticket to last response, and keeps what they share: journal, engine, table of the living."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, registry: Registry) -> None:
         self._run = run
         self._codec = TextCodec(run.base.path)
         self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
         self._control_seal = Seal(run.run_key_path, "control")
         self._living: dict[str, Generation] = {}
-        self._accepted: set[str] = set()  # ids, from Triton's thread on: `_living` has them a moment later
+        # When, by id, from Triton's thread on: `_living` has them a moment later. On the monotonic clock.
+        self._accepted: dict[str, float] = {}
+        self._metrics = ServingMetrics(registry, run.settings.metrics.adapter_labels)
+        self._engine_metrics = EngineMetrics(registry)
         self._capacity = run.settings.engine.max_batch + run.settings.engine.max_waiting
         self._log_fault = ""  # why attribution can't write receipts, if so
         self._ledger_keeper = LedgerKeeper(run.quota_path, run.journal_dir)
@@ -70,13 +76,15 @@ class GenerationStep:
 
     def accept(self, sealed_ticket: bytes, text: bytes, sink: Sink) -> None:
         """Take a request on; `sink` gets exactly one FINAL, here or later. On Triton's thread; returns at once."""
+        names = None
         try:
             ticket = self._office.redeem(sealed_ticket, text)
+            names = ticket.adapter_names
             if ticket.kind == "generate":
                 self._check_admission(ticket)
-                self._accepted.add(ticket.request_id)
+                self._accepted[ticket.request_id] = time.monotonic()
         except OpenLoRAError as error:
-            sink.fail(error)
+            self._refuse(error, sink, names)
             return
         work = self._stop if ticket.kind == "stop" else self._generate
         asyncio.run_coroutine_threadsafe(work(ticket, text.decode(), sink), self._loop)
@@ -131,18 +139,23 @@ class GenerationStep:
             generation = self._new_generation(ticket, prompt, prompt_text, sink, held.started_at)
             self._living[ticket.request_id] = generation
             await generation.run()
+            self._metrics.record(generation.record(self._accepted[ticket.request_id]))
         except OpenLoRAError as error:
-            sink.fail(error)
+            self._refuse(error, sink, ticket.adapter_names)
         except Exception as error:  # a fault of ours must still answer the client
             log.exception("request %s", ticket.request_id)
-            sink.fail(Internal(f"{type(error).__name__}: {error}"))
+            self._refuse(Internal(f"{type(error).__name__}: {error}"), sink, ticket.adapter_names)
         finally:
             if generation is None or not generation.usage.journalled:
                 self._ledger.refund(ticket.request_id)
             elif not generation.usage.completed:
                 self._in_doubt.add(ticket.request_id)
             self._living.pop(ticket.request_id, None)
-            self._accepted.discard(ticket.request_id)
+            self._accepted.pop(ticket.request_id, None)
+
+    def _refuse(self, error: OpenLoRAError, sink: Sink, adapter_names: tuple[str, ...] | None) -> None:
+        sink.fail(error)
+        self._metrics.record(RequestRecord(adapter_names, outcome_of(error)))
 
     async def _stop(self, ticket: Ticket, prompt_text: str, sink: Sink) -> None:
         """Stop the one running request with this caller and label; answers one empty response."""
@@ -174,8 +187,8 @@ class GenerationStep:
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        standing = (self._engine.run(), self._pacer.run(), self._listen(), self._report(), self._save_ledger())
-        for work in standing:
+        standing = (self._engine.run(), self._pacer.run(), self._listen(), self._report())
+        for work in (*standing, self._save_ledger(), self._publish()):
             self._loop.create_task(work).add_done_callback(_raise_fault)
         self._loop.run_forever()
 
@@ -210,6 +223,12 @@ class GenerationStep:
         while True:
             await asyncio.sleep(SAVE_SECONDS)
             await self._loop.run_in_executor(None, self._ledger_keeper.save)
+
+    async def _publish(self) -> None:
+        while True:  # not on the loop: each change is a round trip to tritonserver
+            await self._loop.run_in_executor(None, self._metrics.publish)
+            await self._loop.run_in_executor(None, self._engine_metrics.publish, self._engine.stats)
+            await asyncio.sleep(METRICS_SECONDS)
 
     def _journal_failed(self, error: BaseException) -> None:
         """Nothing was acknowledged. Recover into a new segment, again and again, with the doors shut meanwhile."""

@@ -18,6 +18,7 @@ from ..engine.api import EngineOutput, EngineRequest, TokenLogprob
 from ..engine.client import EngineClient
 from ..errors import DeadlineExceeded, Internal, NotAuthenticated, OpenLoRAError, from_message
 from .chunk import Chunk
+from .metrics import RequestRecord, outcome_of
 from .pacing import Pacer
 from .text import TextAssembler, TextCodec
 from .ticket import Ticket
@@ -92,6 +93,10 @@ class Generation:
         self._index = 0  # of the next chunk
         self._sent_tokens = False
         self._cumulative_logprob = 0.0
+        self._ended_as = ""  # finish reason or error code
+        self._billed_prompt = 0  # tokens, once they are in the journal
+        self._queue_seconds: float | None = None
+        self._first_token_at: float | None = None
         self.streaming = ticket.stream
         self.deadline = math.inf
         self.last_response = self.last_delta = time.monotonic()
@@ -124,6 +129,18 @@ class Generation:
             self._engine.release(self.ticket.request_id)
             self._sink.finish()
 
+    def record(self, accepted_at: float) -> RequestRecord:
+        """For the metrics, once it is over. `accepted_at` is on the monotonic clock."""
+        first = self._first_token_at
+        return RequestRecord(
+            self.ticket.adapter_names,
+            self._ended_as,
+            self._billed_prompt,
+            self._usage.output_tokens,
+            self._queue_seconds,
+            None if first is None else first - accepted_at,
+        )
+
     async def hello(self) -> None:
         """Go on only when attribution says that this answer is on its way through it.
 
@@ -142,6 +159,7 @@ class Generation:
         self.deadline = time.monotonic() + self.ticket.timeout_ms / 1000
         info = self._engine.require()
         await self._usage.begin(self.ticket, info, len(self._prompt), self._prompt_text)
+        self._billed_prompt = len(self._prompt)
         finish_reason = await self._run_engine()
         self._take_text(self._text.finish())
         if self._text.stopped and finish_reason == "length":
@@ -149,6 +167,7 @@ class Generation:
         status = STATUS_CANCELLED if finish_reason == CANCELLED else STATUS_COMPLETE
         seq = await self._usage.complete(status)
         self._flush("last", finish_reason=finish_reason, seq=seq)
+        self._ended_as = finish_reason
 
     async def _run_engine(self) -> str:
         """The finish reason, once the engine has nothing more to do for this request."""
@@ -246,6 +265,8 @@ class Generation:
         pending = self._pending
         if output.token_ids and pending.since == math.inf:
             pending.since = time.monotonic()
+            if self._first_token_at is None:
+                self._first_token_at, self._queue_seconds = pending.since, output.queue_seconds
         hidden = len(output.token_ids) - 1 if self._hides_last(output) else -1
         for position, token_id in enumerate(output.token_ids):
             pending.token_ids.append(token_id)
@@ -323,4 +344,5 @@ class Generation:
             await self._usage.complete_if_begun(status)
         except OpenLoRAError as journal_error:
             error = journal_error
+        self._ended_as = outcome_of(error)
         self._sink.fail(error)

@@ -6,8 +6,10 @@ terms, and seal all of it into a ticket that only the generation step of this se
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
+from functools import partial
 from typing import Any
 
 from ..adapters.catalog import AdapterRecord, CatalogReader
@@ -20,6 +22,7 @@ from .access import AccessPolicy
 from .adapter_spec import AdapterSpec, parse_adapters
 from .guides import GUIDE_TENSOR, TYPE_TENSOR, guide_of
 from .rate_limit import RateLimiter
+from .routing import Router
 from .sampling_parameters import SamplingParameters, merge_sampling
 from .seal import Seal
 from .ticket import LIFETIME_SECONDS, Quota, TextOptions, Ticket, TicketOffice, text_digest
@@ -57,6 +60,7 @@ class ResolverStep:
         self._policy = AccessPolicy(run)
         self._rates = RateLimiter()
         self._catalog = CatalogReader(run.catalog_path)
+        self._router = Router(run.catalog_path)
         self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
         self._base_card = _card(run.base.card)
 
@@ -96,7 +100,9 @@ class ResolverStep:
         self._rates.take([(callers_quota.account, limits.requests_per_minute)])
         self._refuse_unsupported(inputs)
         sampling = self._sampling(inputs, parameters)
-        records = [(spec, self._pinned(caller, spec)) for spec in self._asked_for(inputs, sampling)]
+        key = _routing_key(caller, label, sampling.routing_key)
+        pin = partial(self._pinned, caller)
+        records = [(spec, self._router.pin(spec, key, pin)) for spec in self._asked_for(inputs, sampling)]
         digests = [record.digest for _, record in records]
         if len(set(digests)) != len(digests):
             raise InvalidArgument("two of the names are the same adapter", field="adapters")
@@ -112,6 +118,7 @@ class ResolverStep:
                     AdapterUse(record.digest, str(self._run.adapter_cache / record.digest), spec.weight)
                     for spec, record in records
                 ),
+                adapter_names=tuple(record.name for _, record in records),
                 sampling=self._for_engine(inputs, sampling),
                 text=TextOptions(
                     stop=sampling.stop or (),
@@ -218,6 +225,13 @@ class ResolverStep:
                 f"the model ends with {list(self._run.base.eos_token_ids)}, got {end_id}; use stop_token_ids",
                 field="end_id",
             )
+
+
+def _routing_key(caller: str, label: str, key: str | None) -> str:
+    """What a group's choice follows: the key that was sent, or else the client's id, or else nothing but chance."""
+    if key is None and not label:
+        return secrets.token_hex(16)
+    return json.dumps([caller, "label", label] if key is None else [caller, "key", key])
 
 
 def _card(document: dict[str, Any] | None) -> Card | None:

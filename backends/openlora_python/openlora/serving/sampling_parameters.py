@@ -57,6 +57,7 @@ class SamplingParameters(BaseModel):
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
     lora_name: str | None = None
+    routing_key: str | None = Field(default=None, min_length=1, max_length=256)  # keeps a group's choice the same
     priority: Integer = Field(default=0, ge=-(2**31), lt=2**31)
     timeout_ms: Annotated[int | None, BeforeValidator(_no_bool)] = Field(default=None, ge=1)
     n: Integer = Field(default=1, ge=1, le=1)

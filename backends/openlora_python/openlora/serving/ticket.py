@@ -48,6 +48,7 @@ class Ticket(msgspec.Struct, frozen=True):
     priority: int = 0
     cache_salt: str = ""  # who may use what this prompt leaves in the prefix cache: all with the same one
     adapters: tuple[AdapterUse, ...] = ()
+    adapter_names: tuple[str, ...] = ()  # in the same order; for metrics
     sampling: Sampling = Sampling()
     text: TextOptions = TextOptions()
     terms: dict[str, Any] = {}  # the terms blob of the receipt

@@ -66,6 +66,10 @@ class RequestUsage:
     def count_token(self) -> None:
         self._out_tokens += 1
 
+    @property
+    def output_tokens(self) -> int:
+        return self._out_tokens
+
     def add_text(self, text: str) -> None:
         self._output.update(text.encode())
 
