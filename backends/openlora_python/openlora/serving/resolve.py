@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from pathlib import Path
 from typing import Any
 
 from ..adapters.catalog import AdapterRecord, CatalogReader
+from ..adapters.store import mark_used
 from ..attribution.blobs import terms_blob
 from ..attribution.card import Card, parse_card
 from ..config import RunConfig
@@ -104,8 +106,7 @@ class ResolverStep:
                 priority=max(sampling.priority, self._limits.highest_priority),
                 cache_salt="" if self._run.settings.engine.prefix_cache == "shared" else caller,
                 adapters=tuple(
-                    AdapterUse(record.digest, str(self._run.adapter_cache / record.digest), spec.weight)
-                    for spec, record in records
+                    AdapterUse(record.digest, str(self._cached(record)), spec.weight) for spec, record in records
                 ),
                 sampling=self._for_engine(inputs, sampling),
                 text=TextOptions(
@@ -119,6 +120,11 @@ class ResolverStep:
                 terms=self._terms([record for _, record in records]),
             )
         )
+
+    def _cached(self, record: AdapterRecord) -> Path:
+        path = self._run.adapter_cache / record.digest
+        mark_used(path, record.name)
+        return path
 
     def _sampling(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> SamplingParameters:
         tensors: dict[str, Any] = {}
