@@ -6,11 +6,13 @@ import base64
 import hashlib
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 CHUNK = 4096
@@ -35,7 +37,8 @@ class Fault:
 class ScriptedSource:
     """`files` by path; `faults` by path, then by method: used up one by one, the last one stays when `for_ever`."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
+        """`certificate` is a PEM file with its key: HTTPS then."""
         self.files: dict[str, bytes] = {}
         self.faults: dict[tuple[str, str], list[Fault]] = {}
         self.for_ever = False
@@ -46,12 +49,17 @@ class ScriptedSource:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
+        self._scheme = "http" if certificate is None else "https"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_port}"
 
     def close(self) -> None:
         self.over.set()
@@ -125,39 +133,39 @@ def _handler(source: ScriptedSource) -> type[BaseHTTPRequestHandler]:
         def _send_file(self, fault: Fault, content: bytes) -> None:
             tag = fault.headers.get("ETag", etag(content))
             body = content if fault.body is None else fault.body
-            start = self._start(body, tag) if fault.ranges else 0
+            asked = self._range(tag) if fault.ranges else None
+            start, end = (0, len(body)) if asked is None else (asked[0], min(asked[1], len(body)))
             if start >= len(body):
                 self._send(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(body)}"})
                 return
-            headers = {"Content-Length": str(len(body) - start if fault.claim is None else fault.claim), "ETag": tag}
-            if start:
-                headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            headers = {"Content-Length": str(end - start if fault.claim is None else fault.claim), "ETag": tag}
+            if asked is not None:
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
             if fault.endless:
                 del headers["Content-Length"]
                 headers["Transfer-Encoding"] = "chunked"
-            self._send(206 if start else 200, {**headers, **fault.headers})
+            self._send(200 if asked is None else 206, {**headers, **fault.headers})
             if self.command == "HEAD":
                 return
-            if fault.endless:
-                while True:
-                    self.wfile.write(f"{CHUNK:x}\r\n".encode() + bytes(CHUNK) + b"\r\n")
-                    source.counted(CHUNK)
-            stop = min(position for position in (fault.cut_at, fault.stall_at, len(body)) if position is not None)
+            while fault.endless:
+                self.wfile.write(f"{CHUNK:x}\r\n".encode() + bytes(CHUNK) + b"\r\n")
+                source.counted(CHUNK)
+            stop = min(position for position in (fault.cut_at, fault.stall_at, end) if position is not None)
             self.wfile.write(body[start:stop])
             source.counted(max(stop - start, 0))
             if fault.stall_at is not None:
-                self.wfile.flush()
                 source.over.wait()
             if fault.reset:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            if stop < len(body) or fault.claim is not None:
+            if stop < end or fault.claim is not None:
                 self.close_connection = True
 
-        def _start(self, body: bytes, tag: str) -> int:
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        def _range(self, tag: str) -> tuple[int, int] | None:
+            """Begin and end of what was asked for; None = the whole file."""
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if asked is None or self.headers.get("If-Range", tag) != tag:
-                return 0
-            return int(asked[1])
+                return None
+            return int(asked[1]), int(asked[2]) + 1 if asked[2] else 1 << 62
 
         def _send(self, status: int, headers: dict[str, str]) -> None:
             self.send_response(status)

@@ -8,10 +8,15 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from scripted_source import Fault, ScriptedSource
 from tiny_models import make_adapter, make_model
 from typer.testing import CliRunner
@@ -395,6 +400,50 @@ def test_redirects_are_followed_and_credentials_stay_behind(state, base, http, o
     arrived(state, result, poet)
     assert all("authorization" in headers for _, _, headers in http.requests)
     assert other_http.requests and not any("authorization" in headers for _, _, headers in other_http.requests)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Of 127.0.0.1, signed by itself, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    path.write_bytes(made.public_bytes(pem) + secret)
+    return path
+
+
+@pytest.fixture
+def https(certificate, pristine):
+    source = ScriptedSource(certificate)
+    serve(source, pristine / "poet", "poet")
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def test_https_needs_a_certificate_that_is_trusted(state, base, https, poet, certificate, monkeypatch):
+    failed_clean(state, add(state, base, https), "certificate verify failed")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    arrived(state, add(state, base, https), poet)
+
+
+def test_a_redirect_from_https_to_http_is_not_followed(state, base, https, http, certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    moved = Fault(status=302, headers={"Location": f"{http.url}/poet/{CONFIG}"})
+    https.fail(f"/poet/{CONFIG}", moved, methods=("HEAD", "GET"), for_ever=True)
+    failed_clean(state, add(state, base, https), "redirected from https to http", "quarantined")
+    assert http.requests == []
 
 
 def test_credentials_open_the_source_and_are_written_nowhere(state, base, http, poet, tmp_path):

@@ -23,7 +23,6 @@ class ObjectSource:
     def __init__(self, uri: SourceUri, limits: SourceLimits) -> None:
         self._uri = uri
         self._root = f"{uri.parts.netloc}{uri.parts.path}"
-        self._refresh = {"refresh": True} if uri.scheme in ("s3", "hf") else {}
         self._files = fsspec.filesystem(
             uri.scheme, skip_instance_cache=True, use_listings_cache=False, **_options(uri.scheme, limits)
         )
@@ -34,7 +33,8 @@ class ObjectSource:
     def describe(self, name: str) -> RemoteFile | None:
         try:
             with self._translated(name):
-                facts = self._files.info(f"{self._root}/{name}", **self._refresh)
+                self._files.invalidate_cache()  # huggingface_hub's driver keeps listings, whatever it is told
+                facts = self._files.info(f"{self._root}/{name}")
         except FileNotFoundError:
             return None
         if facts["type"] != "file":
