@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from openlora.adapters.catalog import BaseFacts
 from openlora.adapters.commands import adapters_app
+from openlora.adapters.fetch import DESCRIPTION_FILE, FetchArea, state_of
 from openlora.adapters.ingest import ingest, job_of
 from openlora.adapters.manifest import adapter_manifest, model_manifest
-from openlora.adapters.sources import SourceLimits
+from openlora.adapters.object_source import ObjectSource
+from openlora.adapters.sources import SourceLimits, parse_uri
 
 s3fs = pytest.importorskip("s3fs", reason="the extra s3 isn't installed")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -104,17 +106,13 @@ def test_an_adapter_arrives_from_a_bucket(state, base, poet, bucket):
 def test_an_interrupted_download_is_continued_with_the_same_bytes_only(state, base, poet, bucket):
     """The part is what a killed worker leaves; its note is what the store said of the files."""
     first = add(state, base)
-    from openlora.adapters.fetch import DESCRIPTION_FILE, FetchArea, _state
-    from openlora.adapters.object_source import ObjectSource
-    from openlora.adapters.sources import parse_uri
-
     uri = parse_uri("s3://adapters/poet")
     source = ObjectSource(uri, QUICK)
     described = {name: source.describe(name) for name in (CONFIG, WEIGHTS)}
     assert source.describe("openlora.json") is None
     shutil.rmtree(state / "adapters" / first.digest)
     part = FetchArea(state / "adapters", QUICK).alone(uri)
-    (part.directory / DESCRIPTION_FILE).write_text(_state(described))
+    (part.directory / DESCRIPTION_FILE).write_text(state_of(described))
     (part.directory / WEIGHTS).write_bytes(bytes(5000))  # other bytes than the store's: whoever goes on shows it
     part.release(keep=True)
     result = add(state, base, digest=first.digest)

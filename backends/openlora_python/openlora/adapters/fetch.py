@@ -150,7 +150,7 @@ class _Download:
 
     def run(self) -> str | Result:
         described = self._describe()
-        state = _state(described)
+        state = state_of(described)
         if state and (known := self._wanted.known(state)) is not None:
             return known
         sizes = [file.size for file in described.values()]
@@ -265,7 +265,7 @@ def _attempts(
             time.sleep(min(max(wait, error.retry_after), longest))
 
 
-def _state(described: Description) -> str:
+def state_of(described: Description) -> str:
     """Files, sizes and tags as text; empty when a file has no tag."""
     if not all(file.tag for file in described.values()):
         return ""

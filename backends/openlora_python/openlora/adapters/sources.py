@@ -155,7 +155,8 @@ def parse_uri(text: str) -> SourceUri:
     if parts.fragment:
         raise InvalidArgument("a URI with a #fragment names no adapter", field="source")
     if not parts.netloc.rpartition("@")[2] or not parts.path.strip("/"):
-        raise InvalidArgument(f"{scheme}://HOST/PATH or {scheme}://BUCKET/PATH is wanted", field="source")
+        place = "HOST" if scheme in HTTP_SCHEMES else "NAME"
+        raise InvalidArgument(f"{scheme}://{place}/PATH is wanted", field="source")
     if any(part in (".", "..") for part in unquote(parts.path).split("/")):
         raise InvalidArgument("a path with . or .. is no source", field="source")
     if scheme in DRIVERS:
