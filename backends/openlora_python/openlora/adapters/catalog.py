@@ -232,6 +232,10 @@ class Catalog:
             elif self.current(name, "") is None:
                 self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (newest.version, name))
 
+    def active(self) -> list[AdapterRecord]:
+        """All versions that aren't removed, as they were stored."""
+        return select(self._connection, "TRUE", ())
+
     def _write(self, record: AdapterRecord) -> None:
         self._connection.execute(
             "INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",

@@ -13,15 +13,15 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from ..config import EngineSettings
-from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, OpenLoRAError, Unavailable
+from ..errors import AdapterNotFound, InvalidArgument, OpenLoRAError
 from ..serving.adapter_spec import AdapterSpec, parse_adapters
 from .catalog import AdapterFilter, AdapterRecord, BaseFacts, Catalog, CatalogReader
-from .ingest import ingest
-from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Copied, Event, IngestJob, IngestResult
+from .ingest import check_result, fetch_evicted, ingest, job_of
+from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Copied, Downloaded, Event, IngestResult
 from .lora_config import parse_object
 from .manifest import model_manifest
 from .merge import SOURCE_PREFIX, ModuleMerged, merge_record
@@ -40,26 +40,46 @@ adapters_app = typer.Typer(help="The adapters that this node knows.", no_args_is
 
 @adapters_app.command()
 def add(
-    path: Annotated[Path, typer.Argument(help="A PEFT adapter directory.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH|URI", help="A PEFT adapter directory: here, or at http(s)://, s3://, gs://, hf://."
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="Its name; default: the folder's.")] = None,
+    digest: Annotated[str, typer.Option(help="The only one that is taken: 64 hex digits.")] = "",
     model: Annotated[Path | None, typer.Option(help="Base model; default: the one served from this state.")] = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
     """Copy an adapter into the node, check it against the base model, and make it available under its name."""
     with _reported():
-        source = path.resolve()
-        job = IngestJob(source.name if name is None else name, str(source))
+        job = job_of(source, name, digest)
         with _progress_bar() as follow:
             (result,) = ingest(state_dir, _base(state_dir, model), [job], follow)
         if as_json:
             typer.echo(msgspec.json.encode(result))
-        if result.status == "quarantined":
-            raise AdapterInvalid(result.reason, field=f"adapter {result.name}")
-        if result.status == "failed":
-            raise Unavailable(f"adapter {result.name}: {result.reason}")
+        check_result(result)
         if not as_json:
             typer.echo(f"{result.name} version {result.version}: {result.change} ({result.digest[:16]}…)")
+
+
+@adapters_app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME …]", help="Default: all that are gone.")] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Bring files back that the cache's quota evicted, from where they came from."""
+    with _reported():
+        with _progress_bar() as follow:
+            results = fetch_evicted(state_dir, _base(state_dir, None), names or [], follow)
+        if as_json:
+            typer.echo(msgspec.json.encode(results))
+        for result in results:
+            check_result(result)
+            if not as_json:
+                typer.echo(f"{result.name} version {result.version}: fetched ({result.digest[:16]}…)")
 
 
 @adapters_app.command("list")
@@ -270,9 +290,14 @@ def _progress_bar() -> Iterator[Callable[[Event], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking the base model", total=None)
+        downloads: dict[str, TaskID] = {}
 
         def follow(event: Event) -> None:
-            if isinstance(event, Copied):
+            if isinstance(event, Downloaded):
+                if event.name not in downloads:
+                    downloads[event.name] = bar.add_task(f"downloading {event.name}")
+                bar.update(downloads[event.name], completed=event.done, total=event.total)
+            elif isinstance(event, Copied):
                 bar.update(task, description=f"copying {event.name}", completed=event.done, total=event.total)
             elif isinstance(event, IngestResult):
                 bar.update(task, description=f"{event.name}: {event.status}")
@@ -313,5 +338,7 @@ def _as_tree(record: AdapterRecord, state_dir: Path) -> dict[str, Any]:
     tree = asdict(record)
     del tree["source_state"]
     path = state_dir / CACHE_DIRECTORY / record.digest if record.digest and record.status == "ready" else None
+    if path and not path.is_dir():  # evicted
+        path = None
     merged = merge_record(path) if path and record.source.startswith(SOURCE_PREFIX) else None
     return {**tree, "path": str(path) if path else None, "merge": msgspec.to_builtins(merged)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import AdapterInvalid, Internal, InvalidArgument
+from ..errors import AdapterInvalid, AdapterNotFound, Internal, InvalidArgument, Unavailable
 from .catalog import AdapterRecord, BaseFacts, Catalog, check_name
 from .ingest_worker import (
     CACHE_DIRECTORY,
@@ -15,30 +16,39 @@ from .ingest_worker import (
     IngestJob,
     IngestRequest,
     IngestResult,
+    Started,
     is_unchanged,
     result_of,
 )
+from .sources import SourceLimits, is_uri, parse_uri
 from .store import AdapterStore, SourceDirectory, settled_state
 from .worker_process import run_worker
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Progress = Callable[[Event], None]
 
 
 def ingest(
-    state_dir: Path, base: BaseFacts, jobs: Sequence[IngestJob], progress: Progress | None = None
+    state_dir: Path,
+    base: BaseFacts,
+    jobs: Sequence[IngestJob],
+    progress: Progress | None = None,
+    limits: SourceLimits | None = None,
 ) -> list[IngestResult]:
     """Bring adapters into the cache and the catalog of `state_dir`.
 
     Args:
         base: what they are checked against.
         progress: is told of every start, piece and result.
+        limits: of downloads and of the cache; default: those of the environment.
 
     Returns:
         One result a job, in order. A bad adapter is `quarantined` and the others go on; one that took the process down
         is `failed`.
 
     Raises:
-        InvalidArgument: for a name that no adapter can have, or a group has.
+        InvalidArgument: for a name that no adapter can have, or a group has, or limits that are none.
         UnsupportedModel, Internal: when nothing can be checked against this base model.
     """
     for job in jobs:
@@ -47,17 +57,22 @@ def ingest(
         for job in jobs:
             if not job.origin:  # those of a directory fail one by one
                 catalog.check_free(job.name)
-    results: list[IngestResult] = []
-    while left := tuple(jobs[len(results) :]):
-        worker = _Worker(IngestRequest(str(state_dir.resolve()), base, left), progress)
+    limits = limits or SourceLimits.from_environment()
+    results: dict[int, IngestResult] = {}
+    while left := [index for index in range(len(jobs)) if index not in results]:
+        request = IngestRequest(str(state_dir.resolve()), base, tuple(jobs[index] for index in left), limits)
+        worker = _Worker(request, progress)
         worker.run()
-        results += worker.results
-        if len(results) < len(jobs):
-            lost = IngestResult(jobs[len(results)].name, "failed", reason=worker.last_words)
-            results.append(lost)
+        for result in worker.results:  # local ones in order, remote ones as they arrive
+            index = next(index for index in left if jobs[index].name == result.name)
+            left.remove(index)
+            results[index] = result
+        if left:
+            index = next((index for index in left if jobs[index].name == worker.at_work), left[0])
+            results[index] = IngestResult(jobs[index].name, "failed", reason=worker.last_words)
             if progress is not None:
-                progress(lost)
-    return results
+                progress(results[index])
+    return [results[index] for index in range(len(jobs))]
 
 
 def sync_directory(
@@ -116,6 +131,50 @@ def _without_reading(
     return job
 
 
+def job_of(source: str, name: str | None, digest: str = "") -> IngestJob:
+    """The job for a path or URI; `name` defaults to its last part.
+
+    Raises:
+        InvalidArgument: a URI that nothing can be read from, or a digest that is none.
+    """
+    if digest and not DIGEST.fullmatch(digest.lower()):
+        raise InvalidArgument(f"{digest!r:.80}: 64 hex digits are wanted", field="digest")
+    if is_uri(source):
+        uri = parse_uri(source)
+        return IngestJob(uri.name if name is None else name, uri.parts.geturl(), digest=digest.lower())
+    path = Path(source).resolve()
+    return IngestJob(path.name if name is None else name, str(path), digest=digest.lower())
+
+
+def fetch_evicted(
+    state_dir: Path, base: BaseFacts, names: Sequence[str], progress: Progress | None = None
+) -> list[IngestResult]:
+    """Bring back the bytes of all ready versions of `names` (none = of every name) that aren't in the cache.
+
+    Raises:
+        AdapterNotFound: for a name that has no ready version.
+    """
+    store = AdapterStore(state_dir / CACHE_DIRECTORY)
+    with Catalog(state_dir / CATALOG_FILE) as catalog:
+        ready = [record for record in catalog.active() if record.status == "ready"]
+    if unknown := sorted(set(names) - {record.name for record in ready}):
+        raise AdapterNotFound(f"no adapter {unknown[0]!r} is ready")
+    jobs = [
+        IngestJob(record.name, record.source, digest=record.digest, restores=record.version)
+        for record in ready
+        if (not names or record.name in names) and not store.holds(record.digest)
+    ]
+    return ingest(state_dir, base, jobs, progress)
+
+
+def check_result(result: IngestResult) -> None:
+    """Raises AdapterInvalid or Unavailable for what isn't ready."""
+    if result.status == "quarantined":
+        raise AdapterInvalid(result.reason, field=f"adapter {result.name}")
+    if result.status == "failed":
+        raise Unavailable(f"adapter {result.name}: {result.reason}")
+
+
 class _Worker:
     """One life of the ingest process."""
 
@@ -124,6 +183,7 @@ class _Worker:
         self._progress = progress
         self._started = False
         self.results: list[IngestResult] = []
+        self.at_work = ""  # the adapter that it began last
         self.last_words = ""
 
     def run(self) -> None:
@@ -135,7 +195,9 @@ class _Worker:
 
     def _follow(self, event: Event) -> None:
         self._started = True
-        if isinstance(event, IngestResult):
+        if isinstance(event, Started):
+            self.at_work = event.name
+        elif isinstance(event, IngestResult):
             self.results.append(event)
         if self._progress is not None:
             self._progress(event)

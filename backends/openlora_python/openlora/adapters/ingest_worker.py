@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -19,10 +19,12 @@ from typing import Any, Literal
 import msgspec
 
 from ..attribution.card import parse_card
-from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Unavailable
+from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
 from .base_modules import BaseModules, base_modules
+from .cache_quota import evictions, irreplaceable
 from .catalog import AdapterRecord, BaseFacts, Catalog
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
+from .sources import SourceLimits, is_uri
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
 from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter
 from .worker_process import Fatal, take_request
@@ -36,21 +38,36 @@ CPU_SECONDS_PER_BYTE = 1 / (50 << 20)
 
 
 class IngestJob(msgspec.Struct, frozen=True):
-    """One adapter to bring in. `source` is absolute; `origin` the --adapters directory that owns it, or empty."""
+    """One adapter to bring in.
+
+    `source` is an absolute path or a URI; `origin` the --adapters directory that owns it, or empty; `digest` the only
+    one that is taken, if given. With `restores`, the number of a version, only that version's bytes come back.
+    """
 
     name: str
     source: str
     origin: str = ""
+    digest: str = ""
+    restores: int = 0
 
 
 class IngestRequest(msgspec.Struct, frozen=True):
     state_dir: str
     base: BaseFacts
     jobs: tuple[IngestJob, ...]
+    limits: SourceLimits = SourceLimits()
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
     name: str
+
+
+class Downloaded(msgspec.Struct, frozen=True, tag="downloaded"):
+    """So many bytes of an adapter's files are here; `total` is None where its source doesn't say."""
+
+    name: str
+    done: int
+    total: int | None
 
 
 class Copied(msgspec.Struct, frozen=True, tag="copied"):
@@ -62,7 +79,10 @@ class Copied(msgspec.Struct, frozen=True, tag="copied"):
 
 
 class IngestResult(msgspec.Struct, frozen=True, tag="result"):
-    """What became of one adapter. `failed` = not the adapter's fault, nothing was recorded."""
+    """What became of one adapter. `failed` = not the adapter's fault, nothing was recorded.
+
+    `quarantined` as version 0: refused for what its source is or for its digest, nothing was recorded either.
+    """
 
     name: str
     status: Literal["ready", "quarantined", "failed", "removed"]
@@ -73,39 +93,60 @@ class IngestResult(msgspec.Struct, frozen=True, tag="result"):
     reason: str = ""
 
 
-Event = Started | Copied | IngestResult
+Event = Started | Downloaded | Copied | IngestResult
 Report = Callable[[Event | Fatal], None]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The files of one adapter: where they come from, as the catalog may say it; where they are; the source's state."""
+
+    source: str
+    directory: Path
+    state: str = ""
 
 
 class Ingester:
     """Brings in one adapter after the other."""
 
-    def __init__(self, state_dir: Path, base: BaseFacts, catalog: Catalog, store: AdapterStore, report: Report) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        base: BaseFacts,
+        catalog: Catalog,
+        store: AdapterStore,
+        report: Report,
+        limits: SourceLimits | None = None,
+    ) -> None:
         self._state_dir = state_dir
         self._base = base
         self._catalog = catalog
         self._store = store
         self._report = report
+        self._limits = limits or SourceLimits()
 
-    def bring_in(self, job: IngestJob) -> IngestResult:
-        """One adapter, to the catalog as ready or quarantined.
+    def bring_in(self, job: IngestJob, fetched: Fetched | None = None) -> IngestResult:
+        """One adapter, to the catalog as ready or quarantined; `fetched` is what was downloaded of a remote one.
 
         Raises:
             UnsupportedModel: the base model can't be checked against.
-            InvalidArgument: its name is a group's.
         """
-        self._catalog.check_free(job.name)
+        try:
+            self._catalog.check_free(job.name)
+        except InvalidArgument as error:  # a group's
+            return IngestResult(job.name, "failed", reason=error.message)
+        origin = fetched or Fetched(job.source, Path(job.source))
         found = AdapterRecord(
-            job.name, 0, "", 0, "ready", "", None, base=self._base.digest, source=job.source, origin=job.origin
+            job.name, 0, "", 0, "ready", "", None, base=self._base.digest, source=origin.source, origin=job.origin
         )
         known = self._catalog.current(job.name, job.origin)
         if known is not None:
             found = replace(found, card=known.card)  # its access policy stands until another card was read
         try:
-            with SourceDirectory(Path(job.source)) as source:
+            with SourceDirectory(origin.directory) as source:
                 state = source.state()
-                found = replace(found, source_state=settled_state(state))
-                if known is not None and is_unchanged(known, found.source_state, self._base, self._store):
+                found = replace(found, source_state=settled_state(state) if fetched is None else fetched.state)
+                if known is not None and self.is_current(known, found.source_state, job.digest):
                     return result_of(known, "unchanged")
                 card = source.card()
                 made_for = card.pop("base", None) if card else None  # about bytes; the rest of a card is terms
@@ -113,19 +154,45 @@ class Ingester:
                 with self._store.incoming() as incoming:
                     self._copy(job.name, source, state, incoming)
                     found = replace(found, digest=incoming.manifest().digest)
+                    if job.digest not in ("", found.digest):
+                        reason = f"its digest is {found.digest}, {job.digest} was asked for"
+                        return IngestResult(job.name, "quarantined", digest=found.digest, reason=reason)
                     _check_card(card)
                     facts = self._validated(found.name, incoming.directory, made_for)
+                    self._make_room(found.digest, incoming.size)
                     self._store.admit(incoming)
             found = replace(found, rank=facts.rank, target_modules=facts.target_modules)
         except AdapterInvalid as error:
             found = replace(found, status="quarantined", reason=error.message, source_state="")
-        except (OSError, Unavailable) as error:  # a full disk, or a source that is still being written
-            return IngestResult(job.name, "failed", reason=str(error))
+        except (OSError, Unavailable, Overloaded) as error:  # a full disk or cache, or a source being written
+            reason = error.message if isinstance(error, OpenLoRAError) else str(error)
+            return IngestResult(job.name, "failed", reason=reason)
+        if job.restores:  # its terms are the catalog's, whatever the source says of them now
+            return IngestResult(job.name, found.status, job.restores, found.digest, found.rank, "none", found.reason)
         return result_of(*self._catalog.put(found))
 
+    def name_again(self, job: IngestJob, record: AdapterRecord) -> IngestResult:
+        """What a remote source held before and still holds, under the name that is asked for now."""
+        if job.restores:
+            return IngestResult(job.name, "ready", job.restores, record.digest, record.rank)
+        return result_of(*self._catalog.put(replace(record, name=job.name, origin=job.origin)))
+
+    def check_room(self, more: int) -> list[str]:
+        """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
+        return evictions(self._store.copies(), irreplaceable(self._catalog.active()), more, self._limits)
+
+    def _make_room(self, digest: str, size: int) -> None:
+        if not self._store.holds(digest):
+            for leaving in self.check_room(size):
+                self._store.evict(leaving)
+
     @cached_property
-    def _modules(self) -> BaseModules:
+    def modules(self) -> BaseModules:
         return base_modules(Path(self._base.path), self._base.digest, self._state_dir / MODULES_DIRECTORY)
+
+    def is_current(self, known: AdapterRecord, source_state: str, digest: str = "") -> bool:
+        """Whether `known` was made of a source in this state, and is as good as a new copy (with that digest)."""
+        return digest in ("", known.digest) and is_unchanged(known, source_state, self._base, self._store)
 
     def _copy(self, name: str, source: SourceDirectory, state: dict[str, list[int]], incoming: Incoming) -> None:
         total = sum(state[file][0] for file in (CONFIG_FILE, WEIGHTS_FILE) if file in state)
@@ -138,12 +205,16 @@ class Ingester:
                 reported = done
                 self._report(Copied(name, done, total))
 
-        limit = self._modules.largest_adapter_bytes(self._base.max_rank) + MAX_HEADER_BYTES
-        copy_adapter(source, state, incoming, limit, advance)
+        copy_adapter(source, state, incoming, self.largest_weights, advance)
+
+    @property
+    def largest_weights(self) -> int:
+        """Bytes of a weights file that could be an adapter of the base model."""
+        return self.modules.largest_adapter_bytes(self._base.max_rank) + MAX_HEADER_BYTES
 
     def _validated(self, name: str, directory: Path, made_for: str | None) -> AdapterFacts:
         size = os.path.getsize(directory / WEIGHTS_FILE)
-        modules = self._modules
+        modules = self.modules
         with _cpu_limit(CPU_SECONDS + size * CPU_SECONDS_PER_BYTE):
             return validate_adapter(name, directory, made_for, modules, self._base.digest, self._base.max_rank)
 
@@ -194,17 +265,22 @@ def main() -> None:
     request, report = take_request(IngestRequest)  # whatever is half done when we end is cleared by the next worker
     state_dir = Path(request.state_dir)
     store = AdapterStore(state_dir / CACHE_DIRECTORY)
-    with Catalog(state_dir / CATALOG_FILE) as catalog, store.writing():
-        ingester = Ingester(state_dir, request.base, catalog, store, report)
-        for job in request.jobs:
-            report(Started(job.name))
-            try:
-                report(ingester.bring_in(job))
-            except InvalidArgument as error:
-                report(IngestResult(job.name, "failed", reason=error.message))
-            except OpenLoRAError as error:
-                report(Fatal(str(error)))
-                return
+    remote = [job for job in request.jobs if is_uri(job.source)]
+    local = [job for job in request.jobs if not is_uri(job.source)]
+    with Catalog(state_dir / CATALOG_FILE) as catalog:
+        ingester = Ingester(state_dir, request.base, catalog, store, report, request.limits)
+        try:
+            if local:
+                with store.writing():
+                    for job in local:
+                        report(Started(job.name))
+                        report(ingester.bring_in(job))
+            if remote:
+                from .remote_ingest import bring_in_remote
+
+                bring_in_remote(remote, ingester, store, catalog, request.limits, report)
+        except OpenLoRAError as error:
+            report(Fatal(str(error)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,34 +136,48 @@ class Incoming:
             os.fsync(copy.fileno())
         self._files.append(ManifestFile(name, size, state.hexdigest()))
 
+    @property
+    def size(self) -> int:
+        """Bytes that were copied."""
+        return sum(file.size for file in self._files)
+
     def manifest(self) -> Manifest:
         return Manifest.of(self._files)
+
+
+@dataclass(frozen=True)
+class CachedCopy:
+    """One adapter on disk: its digest, bytes, and when it was last asked for in seconds since 1970."""
+
+    digest: str
+    size: int
+    last_used: float
 
 
 class AdapterStore:
     """`<state>/adapters`: one directory per digest, mode 0700, that never changes once it is there."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o700)
 
     def path(self, digest: str) -> Path:
-        return self._directory / digest
+        return self.directory / digest
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """One writer at a time, so that whatever incoming copies lie around are those of a writer that died."""
-        with open(self._directory / ".lock", "wb", opener=_private) as lock:
+        with open(self.directory / ".lock", "wb", opener=_private) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for leftover in self._directory.glob(f"{INCOMING_PREFIX}*"):
+            for leftover in self.directory.glob(f"{INCOMING_PREFIX}*"):
                 shutil.rmtree(leftover)
             yield
 
     @contextmanager
     def incoming(self) -> Iterator[Incoming]:
         """A place to copy to, gone afterwards unless it was admitted. Only inside `writing()`."""
-        directory = Path(tempfile.mkdtemp(dir=self._directory, prefix=INCOMING_PREFIX))
+        directory = Path(tempfile.mkdtemp(dir=self.directory, prefix=INCOMING_PREFIX))
         try:
             yield Incoming(directory)
         finally:
@@ -174,19 +189,55 @@ class AdapterStore:
         digest = incoming.manifest().digest
         target = self.path(digest)
         if target.exists() and not self._intact(digest):
-            target.rename(tempfile.mkdtemp(dir=self._directory, prefix=INCOMING_PREFIX))  # for the next writer to clear
+            target.rename(tempfile.mkdtemp(dir=self.directory, prefix=INCOMING_PREFIX))  # for the next writer to clear
         if not target.exists():
             _sync_directory(incoming.directory)
             incoming.directory.rename(target)
-            _sync_directory(self._directory)
+            _sync_directory(self.directory)
+        os.utime(target)
         return digest
 
     def holds(self, digest: str) -> bool:
         """Whether both files of `digest` are there; their bytes were checked when they came in."""
         return digest != "" and all((self.path(digest) / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
+    def copies(self) -> list[CachedCopy]:
+        """All that is here, whole or not."""
+        found = []
+        for entry in self.directory.glob("[!.]*"):
+            try:
+                size = sum(file.stat().st_size for file in entry.iterdir())
+                found.append(CachedCopy(entry.name, size, entry.stat().st_mtime))
+            except FileNotFoundError:  # evicted just now
+                continue
+        return found
+
+    def touch(self, digest: str) -> None:
+        """It was used just now."""
+        os.utime(self.path(digest))
+
+    def evict(self, digest: str) -> None:
+        """Take a copy away, at once for whoever looks. Only inside `writing()`."""
+        leaving = tempfile.mkdtemp(dir=self.directory, prefix=INCOMING_PREFIX)
+        self.path(digest).rename(leaving)
+        shutil.rmtree(leaving)
+
     def _intact(self, digest: str) -> bool:
         return self.holds(digest) and adapter_manifest(self.path(digest)).digest == digest
+
+
+def mark_used(copy: Path, name: str) -> None:
+    """Note that a request is going to use this copy, so that it isn't the next to be evicted.
+
+    Raises:
+        Unavailable: it isn't there.
+    """
+    try:
+        os.utime(copy)
+    except FileNotFoundError:
+        raise Unavailable(
+            f"adapter {name}: its files are not in the cache; `openlora adapters fetch {name}` brings them back"
+        ) from None
 
 
 def settled_state(state: dict[str, list[int]]) -> str:

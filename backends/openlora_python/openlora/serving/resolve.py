@@ -10,9 +10,11 @@ import json
 import secrets
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..adapters.catalog import AdapterRecord, CatalogReader
+from ..adapters.store import mark_used
 from ..attribution.blobs import terms_blob
 from ..attribution.card import Card, parse_card
 from ..config import RunConfig
@@ -115,8 +117,7 @@ class ResolverStep:
                 priority=max(sampling.priority, self._limits.highest_priority),
                 cache_salt="" if self._run.settings.engine.prefix_cache == "shared" else caller,
                 adapters=tuple(
-                    AdapterUse(record.digest, str(self._run.adapter_cache / record.digest), spec.weight)
-                    for spec, record in records
+                    AdapterUse(record.digest, str(self._cached(record)), spec.weight) for spec, record in records
                 ),
                 adapter_names=tuple(record.name for _, record in records),
                 sampling=self._for_engine(inputs, sampling),
@@ -132,6 +133,11 @@ class ResolverStep:
                 quotas=(callers_quota, *self._granted([record.name for _, record in records])),
             )
         )
+
+    def _cached(self, record: AdapterRecord) -> Path:
+        path = self._run.adapter_cache / record.digest
+        mark_used(path, record.name)
+        return path
 
     def _sampling(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> SamplingParameters:
         tensors: dict[str, Any] = {}

@@ -1,0 +1,48 @@
+"""Which copies leave the cache when it is full: the least recently used ones that can be fetched again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from ..errors import Overloaded
+from .catalog import AdapterRecord
+from .sources import SourceLimits, is_uri
+from .store import CachedCopy
+
+
+def irreplaceable(records: Iterable[AdapterRecord]) -> set[str]:
+    """Digests that a ready version needs and no remote source could bring again: local ones, and merges."""
+    return {record.digest for record in records if record.status == "ready" and not is_uri(record.source)}
+
+
+def evictions(
+    copies: Sequence[CachedCopy], kept: set[str], more: int, limits: SourceLimits, now: float | None = None
+) -> list[str]:
+    """What has to go, in this order, so that `more` bytes fit into the quota.
+
+    Args:
+        kept: digests that must stay. What was used within `limits.keep_seconds` stays as well: a request may be about
+            to load it.
+        now: seconds since 1970; default: the clock's.
+
+    Raises:
+        Overloaded: when that much can't be evicted.
+    """
+    if limits.cache_bytes is None:
+        return []
+    oldest = (time.time() if now is None else now) - limits.keep_seconds
+    over = sum(copy.size for copy in copies) + more - limits.cache_bytes
+    chosen = []
+    for copy in sorted(copies, key=lambda copy: (copy.last_used, copy.digest)):
+        if over <= 0:
+            break
+        if copy.digest not in kept and copy.last_used < oldest:
+            chosen.append(copy.digest)
+            over -= copy.size
+    if over > 0:
+        raise Overloaded(
+            f"the adapter cache may hold {limits.cache_bytes} bytes, and with {more} more {over} are too many: the rest"
+            " is in use or can't be fetched again. Remove adapters, or raise OPENLORA_SOURCES__CACHE_BYTES"
+        )
+    return chosen

@@ -1,0 +1,142 @@
+"""Adapters from remote sources: several downloads beside each other, each then brought in like a local directory.
+
+A source stays locked until its adapter is in the catalog, so whoever waited for it finds it there. The cache's own lock
+is only taken for that last step: adding local adapters, and a server's start, wait for no download.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+
+from ..errors import AdapterInvalid, OpenLoRAError
+from .catalog import AdapterRecord, Catalog
+from .fetch import Advance, FetchArea, Part, Wanted, fetch
+from .ingest_worker import REPORT_BYTES, Downloaded, Fetched, Ingester, IngestJob, IngestResult, Report, Started
+from .lora_config import MAX_CONFIG_BYTES
+from .manifest import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from .sources import SourceLimits, SourceUri, parse_uri
+from .store import MAX_CARD_BYTES, AdapterStore
+
+
+def bring_in_remote(
+    jobs: Sequence[IngestJob],
+    ingester: Ingester,
+    store: AdapterStore,
+    catalog: Catalog,
+    limits: SourceLimits,
+    report: Report,
+) -> None:
+    """All of them, each reported as soon as it is done.
+
+    Raises:
+        UnsupportedModel: the base model can't be checked against.
+    """
+    area = FetchArea(store.directory, limits)
+    area.sweep()
+    downloads = _Downloads(area, ingester, store, catalog, limits, report)
+    with ThreadPoolExecutor(limits.parallel) as pool:
+        waiting = {pool.submit(downloads.run, job): job for job in jobs}
+        for done in as_completed(waiting):
+            job = waiting[done]
+            report(Started(job.name))
+            report(_brought_in(job, done, ingester, store))
+    area.sweep()
+
+
+def _brought_in(job: IngestJob, done: Future[_Arrived], ingester: Ingester, store: AdapterStore) -> IngestResult:
+    try:
+        arrived = done.result()
+    except AdapterInvalid as error:
+        return IngestResult(job.name, "quarantined", reason=error.message)
+    except OpenLoRAError as error:
+        return IngestResult(job.name, "failed", reason=error.message)
+    except OSError as error:  # a full disk
+        return IngestResult(job.name, "failed", reason=str(error))
+    try:
+        with store.writing():
+            if isinstance(arrived.files, AdapterRecord):
+                return ingester.name_again(job, arrived.files)
+            return ingester.bring_in(job, arrived.files)
+    finally:
+        arrived.part.release(keep=False)
+
+
+class _Arrived:
+    """What is at a source, which stays locked until `part` is released: new files, or a known adapter."""
+
+    def __init__(self, part: Part, files: Fetched | AdapterRecord) -> None:
+        self.part = part
+        self.files = files
+
+
+class _Downloads:
+    """`run` is called in several threads; only the catalog needs them one by one."""
+
+    def __init__(
+        self,
+        area: FetchArea,
+        ingester: Ingester,
+        store: AdapterStore,
+        catalog: Catalog,
+        limits: SourceLimits,
+        report: Report,
+    ) -> None:
+        self._area = area
+        self._store = store
+        self._ingester = ingester
+        self._catalog = catalog
+        self._limits = limits
+        self._report = report
+        self._lock = threading.Lock()
+        self._largest = {
+            CONFIG_FILE: MAX_CONFIG_BYTES,
+            CARD_FILE: MAX_CARD_BYTES,
+            WEIGHTS_FILE: ingester.largest_weights,
+        }
+
+    def run(self, job: IngestJob) -> _Arrived:
+        """Raises what `fetch` does, without anything secret of the URI."""
+        uri = parse_uri(job.source)
+        part = self._area.alone(uri)
+        keep = False
+        try:
+            found = fetch(uri, part.directory, self._wanted(uri, job), self._limits, self._advance(job))
+        except OpenLoRAError as error:
+            keep = not isinstance(error, AdapterInvalid) and part.resumable
+            part.release(keep)
+            raise type(error)(uri.redacted(error.message)) from None
+        except BaseException:
+            part.release(keep=False)
+            raise
+        if isinstance(found, AdapterRecord):
+            return _Arrived(part, found)
+        return _Arrived(part, Fetched(uri.public, part.directory, found))
+
+    def _wanted(self, uri: SourceUri, job: IngestJob) -> Wanted:
+        def known(state: str) -> AdapterRecord | None:
+            with self._lock:
+                records = self._catalog.active()
+            mine = [record for record in records if record.source == uri.public]
+            found = next((old for old in mine[::-1] if self._ingester.is_current(old, state, job.digest)), None)
+            if found is not None:
+                self._store.touch(found.digest)  # so that nobody evicts it before it has its name
+            return found
+
+        def room(more: int) -> None:
+            with self._lock:
+                self._ingester.check_room(more)
+
+        return Wanted(self._largest, room, known)
+
+    def _advance(self, job: IngestJob) -> Advance:
+        reported = 0
+
+        def advance(done: int, total: int | None) -> None:
+            nonlocal reported
+            if done - reported >= REPORT_BYTES or done == total or done < reported:
+                reported = done
+                self._report(Downloaded(job.name, done, total))
+
+        return advance
