@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..config import EngineSettings
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, OpenLoRAError, Unavailable
@@ -26,6 +27,7 @@ from .manifest import model_manifest
 from .merge import SOURCE_PREFIX, ModuleMerged, merge_record
 from .merge import merge as merge_adapters
 from .merge_plan import METHODS
+from .printable import printable
 from .store import MAX_CARD_BYTES
 
 HASH_CACHE_FILE = "digests.json"  # below the state directory
@@ -73,7 +75,9 @@ def list_adapters(state_dir: StateDir = Path("var"), as_json: AsJson = False) ->
             status = record.status if record.status == "ready" else f"{record.status}: {record.reason}"
             rank = str(record.rank or "")
             digest = record.digest[:16]
-            table.add_row(record.name, str(record.version), rank, ", ".join(record.target_modules), digest, status)
+            modules = ", ".join(record.target_modules)
+            cells = (record.name, str(record.version), rank, modules, digest, status)
+            table.add_row(*(Text(printable(cell)) for cell in cells))  # as text, or rich reads markup in it
         Console().print(table if records else "no adapters")
 
 
@@ -91,7 +95,8 @@ def show(
             typer.echo(json.dumps(tree))
             return
         for key, value in tree.items():
-            typer.echo(f"{key:>15}  {json.dumps(value) if isinstance(value, dict | list) else value}")
+            shown = json.dumps(value) if isinstance(value, dict | list | tuple) else printable(str(value))
+            typer.echo(f"{key:>15}  {shown}")
 
 
 @adapters_app.command()

@@ -7,13 +7,10 @@ lines. Files of strangers are parsed here, where a crash, a hang or an out-of-me
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import msgspec
@@ -22,7 +19,9 @@ from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Unavailable
 from .base_modules import BaseModules, base_modules
 from .catalog import AdapterRecord, BaseFacts, Catalog
+from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
+from .printable import printable
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
 from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter
 from .worker_process import Fatal, take_request
@@ -33,6 +32,8 @@ MODULES_DIRECTORY = "base_modules"
 REPORT_BYTES = 8 << 20  # between two reports of a copy
 CPU_SECONDS = 2.0  # to validate one adapter, and more for a large one: patterns of a stranger may take for ever
 CPU_SECONDS_PER_BYTE = 1 / (50 << 20)
+MEMORY_BYTES = 512 << 20  # likewise; the header of a weights file may take a quarter of it
+MEMORY_PER_BYTE = 3  # the file, its tensors, and one tensor's numbers being looked at
 
 
 class IngestJob(msgspec.Struct, frozen=True):
@@ -105,18 +106,18 @@ class Ingester:
                     return _result(known, "unchanged")
                 card = source.card()
                 made_for = card.pop("base", None) if card else None  # about bytes; the rest of a card is terms
-                found = replace(found, card=card or None)
                 with self._store.incoming() as incoming:
                     self._copy(job.name, source, state, incoming)
                     found = replace(found, digest=incoming.manifest().digest)
                     _check_card(card)
+                    found = replace(found, card=card or None)
                     facts = self._validated(found.name, incoming.directory, made_for)
                     self._store.admit(incoming)
             found = replace(found, rank=facts.rank, target_modules=facts.target_modules)
         except AdapterInvalid as error:
-            found = replace(found, status="quarantined", reason=error.message, source_state="")
+            found = replace(found, status="quarantined", reason=printable(error.message), source_state="")
         except (OSError, Unavailable) as error:  # a full disk, or a source that is still being written
-            return IngestResult(job.name, "failed", reason=str(error))
+            return IngestResult(job.name, "failed", reason=printable(str(error)))
         return _result(*self._catalog.put(found))
 
     @cached_property
@@ -149,7 +150,8 @@ class Ingester:
     def _validated(self, name: str, directory: Path, made_for: str | None) -> AdapterFacts:
         size = os.path.getsize(directory / WEIGHTS_FILE)
         modules = self._modules
-        with _cpu_limit(CPU_SECONDS + size * CPU_SECONDS_PER_BYTE):
+        cpu = CPU_SECONDS + size * CPU_SECONDS_PER_BYTE
+        with cpu_limit(cpu), memory_limit(MEMORY_BYTES + size * MEMORY_PER_BYTE):
             return validate_adapter(name, directory, made_for, modules, self._base.digest, self._base.max_rank)
 
 
@@ -164,24 +166,6 @@ def _check_card(card: dict[str, Any] | None) -> None:
 
 def _result(record: AdapterRecord, change: Literal["added", "updated", "unchanged"]) -> IngestResult:
     return IngestResult(record.name, record.status, record.version, record.digest, record.rank, change, record.reason)
-
-
-@contextmanager
-def _cpu_limit(seconds: float) -> Iterator[None]:
-    """Refuses the adapter when the body takes more CPU time; `re` looks for signals while it matches."""
-
-    def over(number: int, frame: FrameType | None) -> None:
-        raise AdapterInvalid(
-            f"checking it took more than {seconds:.0f} s: the patterns in its configuration are too slow"
-        )
-
-    before = signal.signal(signal.SIGVTALRM, over)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def main() -> None:

@@ -103,10 +103,15 @@ class SourceDirectory:
     def _why_not(self, name: str, error: OSError) -> str:
         if error.errno == errno.ELOOP:
             return f"{name} is a symbolic link, which may lead anywhere; copy the file itself"
-        pickles = sorted(entry for entry in os.listdir(self._handle) if entry.endswith(PICKLE_SUFFIXES))
-        if error.errno == errno.ENOENT and name == WEIGHTS_FILE and pickles:
-            return f"holds only {pickles[0]}, a pickle file that could run code; save it as {WEIGHTS_FILE}"
-        return f"{name} is missing" if error.errno == errno.ENOENT else f"{name} can't be read ({error.strerror})"
+        if error.errno != errno.ENOENT:
+            return f"{name} can't be read ({error.strerror})"
+        if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
+            return f"holds only {pickle}, a pickle file that could run code; save it as {WEIGHTS_FILE}"
+        return f"{name} is missing"
+
+    def _first_pickle(self) -> str | None:
+        with os.scandir(self._handle) as entries:  # one by one: there may be millions
+            return min((entry.name for entry in entries if entry.name.endswith(PICKLE_SUFFIXES)), default=None)
 
 
 class Incoming:
@@ -178,12 +183,24 @@ class AdapterStore:
         if not target.exists():
             _sync_directory(incoming.directory)
             incoming.directory.rename(target)
+            os.utime(target)  # no file in it may be newer
             _sync_directory(self._directory)
         return digest
 
     def holds(self, digest: str) -> bool:
-        """Whether both files of `digest` are there; their bytes were checked when they came in."""
-        return digest != "" and all((self.path(digest) / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+        """Whether both files of `digest` are there and were not written since they came in.
+
+        Their bytes were checked then. This looks at times only; the engine hashes what it reads.
+        """
+        if digest == "":
+            return False
+        place = self.path(digest)
+        try:
+            admitted = os.stat(place, follow_symlinks=False).st_ctime_ns
+            files = [os.stat(place / name, follow_symlinks=False) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return all(stat.S_ISREG(file.st_mode) and file.st_ctime_ns <= admitted for file in files)
 
     def _intact(self, digest: str) -> bool:
         return self.holds(digest) and adapter_manifest(self.path(digest)).digest == digest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, deserialize
 
 from ..errors import AdapterInvalid
 from .base_modules import BaseModules
-from .lora_config import AdapterConfig, ModuleLora
+from .lora_config import AdapterConfig, ModuleLora, parse_object
 from .manifest import WEIGHTS_FILE
 
 MAX_HEADER_BYTES = 8 << 20
@@ -25,6 +26,9 @@ KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weigh
 EMBEDDING_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_[AB]")
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SHOWN = 3  # names in a message
+# CPU time of a configuration's patterns on one module's name. The engine matches them again beside decoding, and `re`
+# lets nobody else run meanwhile.
+MATCH_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def _read(path: Path) -> dict[str, _Tensor]:
         entries = deserialize(content)
     except SafetensorError as error:
         raise AdapterInvalid(f"{path.name} is not valid safetensors: {error}") from error
+    # Of a key that comes twice the library keeps one, and another reader may keep the other one.
+    parse_object(content[8 : 8 + header], f"{path.name}: its header", MAX_HEADER_BYTES)
     entries.sort(key=lambda entry: entry[0])  # so that of several faults always the same one is named
     return {key: _Tensor(tuple(entry["shape"]), entry["dtype"], entry["data"]) for key, entry in entries}
 
@@ -125,9 +131,15 @@ def _targeted(config: AdapterConfig, modules: BaseModules, max_rank: int) -> dic
         for name in [*modules.embeddings, *outside]:
             if config.targets(name):
                 raise AdapterInvalid(f"LoRA on {name} (embeddings, output head) is not supported")
-    targeted = {
-        name: config.of(name) for name in modules.linear if name != modules.output_head and config.targets(name)
-    }
+    targeted = {}
+    for name in modules.linear:
+        began = time.thread_time()
+        if name != modules.output_head and config.targets(name):
+            targeted[name] = config.of(name)
+        if time.thread_time() - began > MATCH_SECONDS:
+            raise AdapterInvalid(
+                f"the patterns in its configuration took more than {MATCH_SECONDS * 1000:.0f} ms on {name}"
+            )
     if not targeted:
         raise AdapterInvalid(f"target_modules {config.target_modules!r:.120} match no module of the base model")
     return targeted
