@@ -83,7 +83,7 @@ TEXTS = {
 
 SLOW = "(([a-z._0-9]+)+)+!"
 TOO_SLOW = "checking it took more than 2 s: the patterns in its configuration are too slow"
-ONCE_SLOW = "(a|b|ab|[a-z._0-9]?[a-z._0-9]?){%d}!"
+RATHER_SLOW = "[a-z._0-9]*" * 8 + "!"  # some tenths of a second a name
 NO_RANK = "a whole number of at least 1 is wanted"
 SETTINGS = {
     "rank-100000": Hostile(_set(r=100_000), "rank 100000 is over the limit of 16"),
@@ -101,7 +101,9 @@ SETTINGS = {
     "rank-pattern-other": Hostile(_set(rank_pattern={"q_proj": 8}), "has rank 4, adapter_config.json says 8"),
     "rank-pattern-broken": Hostile(_set(rank_pattern={"(": 4}), "rank_pattern: '(.*\\\\.)?(()$' is not a pattern"),
     "rank-pattern-slow": Hostile(_set(rank_pattern={SLOW: 4}), TOO_SLOW),
-    "rank-pattern-slow-once": Hostile(_set(rank_pattern={ONCE_SLOW % 12: 4}), "the patterns in its configuration"),
+    "alpha-pattern-rather-slow": Hostile(
+        _set(alpha_pattern={RATHER_SLOW: 4}), "the patterns in its configuration took"
+    ),
     "rank-pattern-of-memory": Hostile(
         _set(rank_pattern={"(?:a?b?){2000000000}": 4}), "checking it needs more than 512 MiB of memory"
     ),

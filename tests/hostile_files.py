@@ -186,7 +186,7 @@ CARDS = {
     "card-key-with-escapes": Hostile(_card(**{"\x1b[2J\r\n[/b]": 1}), r"card.\x1b[2J\r\n[/b]: Extra inputs"),
     "card-key-of-60000": Hostile(_card(**{"k" * 60_000: 1}), "kkkkkkkk…"),
     "card-surrogate": Hostile(file(CARD, b'{"schema": 1, "licence": "\\ud800"}'), "openlora.json: card."),
-    "card-surrogate-key": Hostile(file(CARD, b'{"\\ud800": 1}'), "openlora.json: card."),
+    "card-surrogate-key": Hostile(file(CARD, b'{"\\ud800": 1}'), "openlora.json: card: Input should be a valid string"),
     "card-shares-over-the-whole": Hostile(_card(datasets=[_dataset(WHOLE + 1, WHOLE)]), "less than or equal to"),
     "card-shares-of-two-wholes": Hostile(
         _card(datasets=[_dataset(WHOLE, WHOLE), {**_dataset(WHOLE, WHOLE), "id": "e"}]),

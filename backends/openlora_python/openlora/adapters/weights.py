@@ -18,10 +18,11 @@ from safetensors import SafetensorError, deserialize
 
 from ..errors import AdapterInvalid
 from .base_modules import BaseModules
-from .lora_config import AdapterConfig, ModuleLora, parse_object
+from .lora_config import MAX_ENTRIES, AdapterConfig, ModuleLora, parse_object
 from .manifest import WEIGHTS_FILE
 
 MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 2 * MAX_ENTRIES
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 EMBEDDING_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_[AB]")
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
@@ -90,12 +91,14 @@ def _read(path: Path) -> dict[str, _Tensor]:
             raise AdapterInvalid(f"{path.name}: header of {header} bytes, at most {MAX_HEADER_BYTES} are allowed")
         file.seek(0)
         content = file.read()
+    # Read here first: of a key that comes twice the library keeps one, and another reader may keep the other one.
+    tree = parse_object(content[8 : 8 + header], f"{path.name}: its header", MAX_HEADER_BYTES)
+    if len(tree) > MAX_TENSORS:
+        raise AdapterInvalid(f"{path.name} has {len(tree)} tensors, at most {MAX_TENSORS} are allowed")
     try:
         entries = deserialize(content)
     except SafetensorError as error:
         raise AdapterInvalid(f"{path.name} is not valid safetensors: {error}") from error
-    # Of a key that comes twice the library keeps one, and another reader may keep the other one.
-    parse_object(content[8 : 8 + header], f"{path.name}: its header", MAX_HEADER_BYTES)
     entries.sort(key=lambda entry: entry[0])  # so that of several faults always the same one is named
     return {key: _Tensor(tuple(entry["shape"]), entry["dtype"], entry["data"]) for key, entry in entries}
 
