@@ -298,19 +298,20 @@ def test_a_hard_link_to_what_is_written_later_changes_nothing(ingester, good, tm
     assert adapter_manifest(tmp_path / "state" / "adapters" / result.digest).digest == result.digest
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_what_was_rewritten_in_the_cache_is_never_used_and_made_again(
-    ingester, peft, good, tmp_path, monkeypatch, name
+    ingester, peft, good, tmp_path, monkeypatch, name, in_place
 ):
     monkeypatch.setattr("openlora.adapters.store.SETTLED_NS", -1)  # the source is old enough to be believed
     result = ingester.bring_in(IngestJob("poet", str(good)))
     cached = tmp_path / "state" / "adapters" / result.digest
     content = bytearray((cached / name).read_bytes())
     content[-4] ^= 1
-    replacement = cached / "replacement"
-    replacement.write_bytes(content)
-    replacement.replace(cached / name)
-    os.utime(cached / name, ns=(0, 0))
+    written = cached / name if in_place else cached / "new"
+    written.write_bytes(content)
+    written.replace(cached / name)
+    os.utime(cached)  # as if it had been used
     with pytest.raises(AdapterInvalid, match="its files in the cache are not the ones that were checked"):
         peft.reader.read(result.digest, str(cached))
     assert ingester.bring_in(IngestJob("poet", str(good))) == msgspec.structs.replace(result, change="unchanged")

@@ -34,6 +34,7 @@ from .manifest import (
 
 MAX_CARD_BYTES = 64 << 10
 INCOMING_PREFIX = ".incoming-"
+ADMITTED_NS = 1_000_000_000  # mtime of what lies in the cache: whoever writes there gives it another one
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
 
@@ -181,26 +182,25 @@ class AdapterStore:
         if target.exists() and not self._intact(digest):
             target.rename(tempfile.mkdtemp(dir=self._directory, prefix=INCOMING_PREFIX))  # for the next writer to clear
         if not target.exists():
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                os.utime(incoming.directory / name, ns=(ADMITTED_NS, ADMITTED_NS))
             _sync_directory(incoming.directory)
             incoming.directory.rename(target)
-            os.utime(target)  # no file in it may be newer
             _sync_directory(self._directory)
         return digest
 
     def holds(self, digest: str) -> bool:
-        """Whether both files of `digest` are there and were not written since they came in.
+        """Whether both files of `digest` are there and, by their times, were not written since they came in.
 
-        Their bytes were checked then. This looks at times only; the engine hashes what it reads.
+        Their bytes were checked then; the engine hashes what it reads.
         """
         if digest == "":
             return False
-        place = self.path(digest)
         try:
-            admitted = os.stat(place, follow_symlinks=False).st_ctime_ns
-            files = [os.stat(place / name, follow_symlinks=False) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+            files = [os.lstat(self.path(digest) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return all(stat.S_ISREG(file.st_mode) and file.st_ctime_ns <= admitted for file in files)
+        return all(stat.S_ISREG(file.st_mode) and file.st_mtime_ns == ADMITTED_NS for file in files)
 
     def _intact(self, digest: str) -> bool:
         return self.holds(digest) and adapter_manifest(self.path(digest)).digest == digest
