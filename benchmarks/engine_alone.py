@@ -6,7 +6,6 @@ Reads lines `{"streams", "ramp", "seconds", "first"}` from its input and answers
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from stream_work import Work
 
+from openlora.adapters.manifest import adapter_manifest
 from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling
 from openlora.engine.torch_engine import TorchEngine
 
@@ -28,6 +28,7 @@ class EngineAlone:
         self._engine = TorchEngine(str(model), "0" * 64, **options)
         self._adapters = adapters
         self._work = work
+        self._uses: dict[str, AdapterUse] = {}
         self._numbers = itertools.count()
         self._running: set[str] = set()
         self._going = False
@@ -77,12 +78,17 @@ class EngineAlone:
         question = self._work.question(number)
         adapters = ()
         if question.adapter is not None:
-            path = str(self._adapters / question.adapter)
-            adapters = (AdapterUse(hashlib.sha256(path.encode()).hexdigest(), path, WEIGHT_ONE),)
+            adapters = (self._use(question.adapter),)
         name = f"{number}"
         self._running.add(name)
         sampling = Sampling(max_tokens=question.new_tokens, temperature=0.0)
         self._engine.submit(EngineRequest(name, question.token_ids, adapters, sampling))
+
+    def _use(self, adapter: str) -> AdapterUse:
+        if adapter not in self._uses:
+            path = self._adapters / adapter
+            self._uses[adapter] = AdapterUse(adapter_manifest(path).digest, str(path), WEIGHT_ONE)
+        return self._uses[adapter]
 
 
 def main() -> None:

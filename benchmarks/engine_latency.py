@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from openlora.adapters.manifest import adapter_manifest
 from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling
 from openlora.engine.torch_engine import TorchEngine
 
@@ -153,7 +153,7 @@ def adapter_uses(directory: Path | None) -> list[tuple[AdapterUse, ...]]:
     if directory is None:
         return [()]
     paths = sorted(path for path in directory.iterdir() if (path / "adapter_config.json").is_file())
-    return [(AdapterUse(sha256(str(path).encode()).hexdigest(), str(path), WEIGHT_ONE),) for path in paths]
+    return [(AdapterUse(adapter_manifest(path).digest, str(path), WEIGHT_ONE),) for path in paths]
 
 
 def show(median: dict[str, float]) -> None:

@@ -349,7 +349,7 @@ def header(length, content, rest=b""):
         (b"PK\x03\x04 a zip of pickles", "is not safetensors or cut short: 21 bytes"),
         (header(1 << 60, b"{}"), "is not safetensors or cut short: 10 bytes"),
         (header(9 << 20, b" " * (9 << 20)), "header of 9437184 bytes, at most 8388608 are allowed"),
-        (header(2, b"[]"), "is not valid safetensors"),
+        (header(2, b"[]"), "its header holds a list, a JSON object is wanted"),
         (header(len(LYING_HEADER), LYING_HEADER, b"\0" * 9), "is not valid safetensors"),
     ],
 )

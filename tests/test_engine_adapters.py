@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, Engine, digest_of, make_adapter, make_model, make_prompt, projections, use
 
-from openlora.engine.api import AdapterUse
+from openlora.engine.api import WEIGHT_ONE, AdapterUse
 
 PROMPT = make_prompt(1, 20)
 
@@ -67,28 +68,28 @@ def _poison(value):
 
 
 REFUSALS = [
-    ({"peft_type": "IA3"}, None, "peft_type is 'IA3', 'LORA' is right"),
-    ({"use_dora": True}, None, "use_dora = true is not supported"),
-    ({"bias": "all"}, None, "bias is 'all', 'none' is right"),
-    ({"lora_bias": True}, None, "lora_bias = true is not supported"),
-    ({"modules_to_save": ["lm_head"]}, None, 'modules_to_save = ["lm_head"] is not supported'),
-    ({"trainable_token_indices": [1]}, None, "trainable_token_indices = [1] is not supported"),
-    ({"target_parameters": ["w"]}, None, 'target_parameters = ["w"] is not supported'),
-    ({"alora_invocation_tokens": [5]}, None, "alora_invocation_tokens = [5] is not supported"),
-    ({"layer_replication": [[0, 1]]}, None, "layer_replication = [[0, 1]] is not supported"),
-    ({"fan_in_fan_out": True}, None, "fan_in_fan_out = true is not supported"),
-    ({"a_future_field": "x"}, None, 'a_future_field = "x" is not supported'),
+    ({"peft_type": "IA3"}, None, "peft_type is 'IA3', only 'LORA' is supported"),
+    ({"use_dora": True}, None, "DoRA is not supported"),
+    ({"bias": "all"}, None, "bias is 'all', only 'none' is supported"),
+    ({"lora_bias": True}, None, "biases of LoRA matrices (lora_bias) are not supported"),
+    ({"modules_to_save": ["lm_head"]}, None, "it brings whole modules (modules_to_save)"),
+    ({"trainable_token_indices": [1]}, None, "trained token embeddings are not supported"),
+    ({"target_parameters": ["w"]}, None, "LoRA on bare parameters (target_parameters) is not supported"),
+    ({"alora_invocation_tokens": [5]}, None, "activated LoRA (aLoRA) is not supported"),
+    ({"layer_replication": [[0, 1]]}, None, "layer replication changes the base model and is not supported"),
+    ({"fan_in_fan_out": True}, None, "the setting fan_in_fan_out = True is not supported"),
+    ({"a_future_field": "x"}, None, "the setting a_future_field = 'x' is not supported"),
     (
         {"init_lora_weights": "pissa"},
         None,
-        "init_lora_weights 'pissa' changes the base weights; convert the adapter to plain LoRA",
+        "init_lora_weights 'pissa' trains against changed base weights; convert it with ",
     ),
     ({"r": 17}, None, "rank 17 is over the limit of 16"),
     ({"rank_pattern": {"v_proj": 99}}, None, "rank 99 is over the limit of 16"),
-    ({"r": 0}, None, "ranks must be positive integers, found [0]"),
-    ({"lora_alpha": float("nan")}, None, "lora_alpha must be finite numbers, found [nan]"),
+    ({"r": 0}, None, "rank r is 0, a whole number of at least 1 is wanted"),
+    ({"lora_alpha": float("nan")}, None, "adapter_config.json is not JSON: NaN is not a JSON number"),
     ({"r": 5}, None, "model.layers.0.self_attn.q_proj.lora_A has shape (4, 64), (5, 64) is right"),
-    ({"target_modules": "q_proj("}, None, "adapter_config.json has a bad pattern: "),
+    ({"target_modules": "q_proj("}, None, "target_modules: 'q_proj(' is not a pattern"),
     (
         {"target_modules": ["q_proj"]},
         None,
@@ -163,6 +164,37 @@ def test_broken_and_missing_files_are_refused(engine, adapter_dir, tmp_path):
     assert refusal(tmp_path / "prose").startswith("adapter_config.json is not JSON: ")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_bytes_other_than_those_that_the_digest_names_are_refused(model_dir, adapter_dir, tmp_path, name):
+    """A file of the cache was rewritten after it was checked: with another adapter's that would be as good, too."""
+    good = Path(adapter_dir)
+    other = Path(make_adapter(model_dir, tmp_path / "other", 2, r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+    assert (good / name).read_bytes() != (other / name).read_bytes()
+    swapped = shutil.copytree(good, tmp_path / "swapped")
+    checked = use(str(swapped))
+    shutil.copy(other / name, swapped / name)
+    with Engine(model_dir) as fresh:
+        answer = fresh.ask(PROMPT, [checked])
+        assert (answer.ids, answer.finish_reason) == ([], "error")
+        assert answer.error == (
+            f"[ADAPTER_INVALID] adapter {checked.digest}: its files in the cache are not the ones that were checked, "
+            f"they are {digest_of(str(swapped))}: add it again"
+        )
+        shutil.copy(good / name, swapped / name)
+        assert fresh.ask(PROMPT, [checked]).finish_reason == "length"
+
+
+def test_what_is_put_in_a_files_place_neither_hangs_nor_fills_the_memory(engine, adapter_dir, tmp_path):
+    copy = Path(changed(adapter_dir, tmp_path / "copy"))
+    checked = use(str(copy))
+    weights = copy / "adapter_model.safetensors"
+    os.truncate(weights, 1 << 40)
+    assert "adapter_model.safetensors is not a regular file of at most" in engine.ask(PROMPT, [checked]).error
+    weights.unlink()
+    os.mkfifo(weights)
+    assert "adapter_model.safetensors is not a regular file of at most" in engine.ask(PROMPT, [checked]).error
+
+
 def test_a_number_that_is_infinite_in_the_models_dtype_is_refused(model_dir, adapter_dir, tmp_path):
     big = changed(adapter_dir, tmp_path / "big", tensors=_poison(1e30))
     with Engine(model_dir, dtype="float16") as half:
@@ -172,17 +204,19 @@ def test_a_number_that_is_infinite_in_the_models_dtype_is_refused(model_dir, ada
 
 def test_a_failed_read_is_tried_again(engine, adapter_dir, tmp_path):
     """Nothing about a failure is remembered: the file may have been late."""
-    late = tmp_path / "late"
-    assert "is missing" in engine.ask(PROMPT, [use(str(late))]).error
-    shutil.copytree(adapter_dir, late)
-    assert engine.ask(PROMPT, [use(str(late))]).ids == engine.ask(PROMPT, [use(adapter_dir)]).ids
+    copy = changed(adapter_dir, tmp_path / "copy")
+    late = AdapterUse(digest_of(copy), str(tmp_path / "late"), WEIGHT_ONE)
+    assert "is missing" in engine.ask(PROMPT, [late]).error
+    shutil.copytree(copy, late.path)
+    assert engine.ask(PROMPT, [late]).ids == engine.ask(PROMPT, [use(adapter_dir)]).ids
 
 
 def test_a_loaded_adapter_does_not_change_with_its_file(engine, adapter_dir, tmp_path):
     copy = changed(adapter_dir, tmp_path / "copy")
-    before = engine.ask(PROMPT, [use(copy)]).ids
+    loaded = use(copy)
+    before = engine.ask(PROMPT, [loaded]).ids
     (tmp_path / "copy" / "adapter_model.safetensors").write_bytes(b"")
-    assert engine.ask(PROMPT, [use(copy)]).ids == before
+    assert engine.ask(PROMPT, [loaded]).ids == before
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, make_adapter, make_model, make_prompt, projections
+from tiny_models import FAMILIES, digest_of, make_adapter, make_model, make_prompt, projections
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from openlora.engine import attention, decoder_plan, kernels
@@ -43,8 +43,8 @@ class Paged:
         self.model = PagedModel(model, self.cache)
         reader = AdapterReader(self.model.linears, self.model.lora, torch.float32, CPU, 64)
         names = projections(family)
-        self.adapters = [
-            reader.read(str(seed), make_adapter(self.model_dir, directory / str(seed), seed, std=0.1, **settings))
+        paths = [
+            make_adapter(self.model_dir, directory / str(seed), seed, std=0.1, **settings)
             for seed, settings in enumerate(
                 [
                     {"r": 4, "lora_alpha": 8, "target_modules": names},
@@ -53,6 +53,7 @@ class Paged:
                 ]
             )
         ]
+        self.adapters = [reader.read(digest_of(path), path) for path in paths]
 
     def uses(self, *weights: float) -> tuple[WeightedAdapter, ...]:
         return tuple(

@@ -23,8 +23,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from openlora.adapters.manifest import adapter_manifest
 from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling, TokenLogprob
 from openlora.engine.torch_engine import TorchEngine
+from openlora.errors import AdapterInvalid
 
 # Models this small gain nothing from a second thread, and lose a lot to it where cores are shared.
 torch.set_num_threads(1)
@@ -119,7 +121,11 @@ def projections(family: str) -> list[str]:
 
 
 def digest_of(path: str) -> str:
-    return hashlib.sha256(path.encode()).hexdigest()
+    """What names the adapter in the directory `path`; of one that isn't whole, what nothing has."""
+    try:
+        return adapter_manifest(Path(path)).digest
+    except AdapterInvalid:
+        return hashlib.sha256(path.encode()).hexdigest()
 
 
 def use(path: str, weight: float = 1.0) -> AdapterUse:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..config import EngineSettings
 from ..errors import AdapterNotFound, InvalidArgument, OpenLoRAError
@@ -27,6 +28,7 @@ from .manifest import model_manifest
 from .merge import SOURCE_PREFIX, ModuleMerged, merge_record
 from .merge import merge as merge_adapters
 from .merge_plan import METHODS
+from .printable import printable
 from .store import MAX_CARD_BYTES
 
 HASH_CACHE_FILE = "digests.json"  # below the state directory
@@ -124,7 +126,8 @@ def show(
             typer.echo(json.dumps(tree))
             return
         for key, value in tree.items():
-            typer.echo(f"{key:>15}  {json.dumps(value) if isinstance(value, dict | list) else value}")
+            shown = json.dumps(value) if isinstance(value, dict | list | tuple) else printable(str(value))
+            typer.echo(f"{key:>15}  {shown}")
 
 
 @adapters_app.command()
@@ -323,7 +326,7 @@ def _table_of(records: list[AdapterRecord]) -> Table:
     for record in records:
         version = f"{record.version} current" if record.current else str(record.version)
         status = f"{record.status}: {record.reason}" if record.reason else record.status
-        table.add_row(
+        cells = (
             record.name,
             version,
             str(record.rank or ""),
@@ -331,6 +334,7 @@ def _table_of(records: list[AdapterRecord]) -> Table:
             record.digest[:16],
             f"{status}, pinned" if record.pinned else status,
         )
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # as text, or rich reads markup in it
     return table
 
 

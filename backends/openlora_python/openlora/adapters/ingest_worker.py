@@ -7,13 +7,10 @@ lines. Files of strangers are parsed here, where a crash, a hang or an out-of-me
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import msgspec
@@ -23,7 +20,9 @@ from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded,
 from .base_modules import BaseModules, base_modules
 from .cache_quota import evictions, irreplaceable
 from .catalog import AdapterRecord, BaseFacts, Catalog
+from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
+from .printable import printable
 from .sources import SourceLimits, is_uri
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
 from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter
@@ -35,6 +34,8 @@ MODULES_DIRECTORY = "base_modules"
 REPORT_BYTES = 8 << 20  # between two reports of a copy
 CPU_SECONDS = 2.0  # to validate one adapter, and more for a large one: patterns of a stranger may take for ever
 CPU_SECONDS_PER_BYTE = 1 / (50 << 20)
+MEMORY_BYTES = 512 << 20  # likewise; the header of a weights file may take a quarter of it
+MEMORY_PER_BYTE = 3  # the file, its tensors, and one tensor's numbers being looked at
 
 
 class IngestJob(msgspec.Struct, frozen=True):
@@ -150,7 +151,6 @@ class Ingester:
                     return result_of(known, "unchanged")
                 card = source.card()
                 made_for = card.pop("base", None) if card else None  # about bytes; the rest of a card is terms
-                found = replace(found, card=card or None)
                 with self._store.incoming() as incoming:
                     self._copy(job.name, source, state, incoming)
                     found = replace(found, digest=incoming.manifest().digest)
@@ -158,15 +158,16 @@ class Ingester:
                         reason = f"its digest is {found.digest}, {job.digest} was asked for"
                         return IngestResult(job.name, "quarantined", digest=found.digest, reason=reason)
                     _check_card(card)
+                    found = replace(found, card=card or None)
                     facts = self._validated(found.name, incoming.directory, made_for)
                     self._make_room(found.digest, incoming.size)
                     self._store.admit(incoming)
             found = replace(found, rank=facts.rank, target_modules=facts.target_modules)
         except AdapterInvalid as error:
-            found = replace(found, status="quarantined", reason=error.message, source_state="")
+            found = replace(found, status="quarantined", reason=printable(error.message), source_state="")
         except (OSError, Unavailable, Overloaded) as error:  # a full disk or cache, or a source being written
             reason = error.message if isinstance(error, OpenLoRAError) else str(error)
-            return IngestResult(job.name, "failed", reason=reason)
+            return IngestResult(job.name, "failed", reason=printable(reason))
         if job.restores:  # its terms are the catalog's, whatever the source says of them now
             return IngestResult(job.name, found.status, job.restores, found.digest, found.rank, "none", found.reason)
         return result_of(*self._catalog.put(found))
@@ -215,7 +216,8 @@ class Ingester:
     def _validated(self, name: str, directory: Path, made_for: str | None) -> AdapterFacts:
         size = os.path.getsize(directory / WEIGHTS_FILE)
         modules = self.modules
-        with _cpu_limit(CPU_SECONDS + size * CPU_SECONDS_PER_BYTE):
+        cpu = CPU_SECONDS + size * CPU_SECONDS_PER_BYTE
+        with cpu_limit(cpu), memory_limit(MEMORY_BYTES + size * MEMORY_PER_BYTE):
             return validate_adapter(name, directory, made_for, modules, self._base.digest, self._base.max_rank)
 
 
@@ -241,24 +243,6 @@ def is_unchanged(known: AdapterRecord, source_state: str, base: BaseFacts, store
 
 def result_of(record: AdapterRecord, change: Literal["added", "updated", "unchanged"]) -> IngestResult:
     return IngestResult(record.name, record.status, record.version, record.digest, record.rank, change, record.reason)
-
-
-@contextmanager
-def _cpu_limit(seconds: float) -> Iterator[None]:
-    """Refuses the adapter when the body takes more CPU time; `re` looks for signals while it matches."""
-
-    def over(number: int, frame: FrameType | None) -> None:
-        raise AdapterInvalid(
-            f"checking it took more than {seconds:.0f} s: the patterns in its configuration are too slow"
-        )
-
-    before = signal.signal(signal.SIGVTALRM, over)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 from ..errors import AdapterInvalid
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_ENTRIES = 2048  # of a list of names or patterns: far more than any base model has modules
+MAX_DEPTH = 32  # of lists and objects within each other
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 ALL_LINEAR = "all-linear"  # PEFT's short form: every linear module but the output head
 Number = TypeVar("Number", int, float)
 Patterns = tuple[tuple[re.Pattern[str], Number], ...]
@@ -103,13 +106,16 @@ class AdapterConfig:
         layers = [layers] if isinstance(layers, int) else layers
         if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
             raise AdapterInvalid(f"layers_to_transform is {layers!r:.80}, a list of layer numbers is wanted")
+        _check_length(layers or (), "layers_to_transform")
         targets = _names(tree, "target_modules")
         if not targets:
             raise AdapterInvalid("target_modules is missing: the names of the modules that it changes are wanted")
         if isinstance(targets, str) and not (layers is None and tree.get("layers_pattern") is None):
             raise AdapterInvalid("layers_to_transform and layers_pattern need a list of target_modules, not a pattern")
-        if tree.get("layers_pattern") and layers is None:
+        if tree.get("layers_pattern") and not layers:
             raise AdapterInvalid("layers_pattern needs layers_to_transform")
+        if not 0 <= _number(tree.get("lora_dropout", 0), "lora_dropout") <= 1:
+            raise AdapterInvalid(f"lora_dropout is {tree['lora_dropout']!r:.40}, a number from 0 to 1 is wanted")
         return cls(
             rank=_rank(tree.get("r"), "r"),
             alpha=_number(tree.get("lora_alpha"), "lora_alpha"),
@@ -161,7 +167,7 @@ class AdapterConfig:
 
 
 def parse_object(text: bytes, name: str, limit: int) -> dict[str, Any]:
-    """A JSON object of at most `limit` bytes, without duplicate keys, NaN and Infinity.
+    """A JSON object of at most `limit` bytes in UTF-8, as RFC 8259 wants it: no duplicate keys, NaN and Infinity.
 
     Raises:
         AdapterInvalid: naming the file and the fault.
@@ -169,12 +175,27 @@ def parse_object(text: bytes, name: str, limit: int) -> dict[str, Any]:
     if len(text) > limit:
         raise AdapterInvalid(f"{name} is {len(text)} bytes, at most {limit} are allowed")
     try:
-        tree = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        # Decoded here, because json.loads guesses encodings, and who guesses otherwise reads another document.
+        tree = json.loads(
+            text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_in_range
+        )
     except (ValueError, RecursionError) as error:
         raise AdapterInvalid(f"{name} is not JSON: {error}") from error
     if not isinstance(tree, dict):
         raise AdapterInvalid(f"{name} holds a {type(tree).__name__}, a JSON object is wanted")
+    if not _is_shallow(tree):
+        raise AdapterInvalid(f"{name} is nested deeper than {MAX_DEPTH} levels")
     return tree
+
+
+def _is_shallow(tree: dict[str, Any]) -> bool:
+    level: list[Any] = [tree]
+    for _ in range(MAX_DEPTH):
+        values = (value for node in level for value in (node.values() if isinstance(node, dict) else node))
+        level = [value for value in values if isinstance(value, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 def _refuse_unsupported(tree: dict[str, Any]) -> None:
@@ -185,7 +206,7 @@ def _refuse_unsupported(tree: dict[str, Any]) -> None:
     if tree.get("bias", "none") != "none":
         raise AdapterInvalid(f"bias is {tree['bias']!r:.40}, only 'none' is supported")
     initialisation = tree.get("init_lora_weights", True)
-    if initialisation not in PLAIN_INITIALISATIONS:
+    if not (isinstance(initialisation, bool | str) and initialisation in PLAIN_INITIALISATIONS):
         raise AdapterInvalid(
             f"init_lora_weights {initialisation!r:.40} trains against changed base weights; convert it with "
             "save_pretrained(path_initial_model_for_weight_conversion=…)"
@@ -202,7 +223,13 @@ def _names(tree: dict[str, Any], key: str) -> str | tuple[str, ...]:
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
         raise AdapterInvalid(f"{key} is {value!r:.80}, a pattern or a list of names is wanted")
+    _check_length(value, key)
     return tuple(value)
+
+
+def _check_length(entries: Sized, key: str) -> None:
+    if len(entries) > MAX_ENTRIES:
+        raise AdapterInvalid(f"{key} has {len(entries)} entries, at most {MAX_ENTRIES} are allowed")
 
 
 def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -210,9 +237,10 @@ def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _patterns(tree: dict[str, Any], key: str, read: Callable[[Any, str], Number]) -> Patterns[Number]:
-    value = tree.get(key) or {}
+    value = tree.get(key, {})
     if not isinstance(value, dict):
         raise AdapterInvalid(f"{key} is {value!r:.80}, an object of patterns is wanted")
+    _check_length(value, key)
     return tuple(
         (_compiled(rf"(.*\.)?({pattern})$", key), read(item, f"{key}[{pattern!r:.80}]"))
         for pattern, item in value.items()
@@ -250,8 +278,8 @@ def _number(value: Any, key: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise AdapterInvalid(f"{key} is out of range, a finite number is wanted")
+    if not abs(number) <= FLOAT32_MAX:
+        raise AdapterInvalid(f"{key} is out of range, a finite number of 32 bits is wanted")
     return number
 
 
@@ -271,3 +299,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _in_range(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text:.40} is out of range")
+    return number

@@ -35,6 +35,7 @@ from .manifest import (
 
 MAX_CARD_BYTES = 64 << 10
 INCOMING_PREFIX = ".incoming-"
+ADMITTED_NS = 1_000_000_000  # mtime of what lies in the cache: whoever writes there gives it another one
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
 
@@ -104,10 +105,15 @@ class SourceDirectory:
     def _why_not(self, name: str, error: OSError) -> str:
         if error.errno == errno.ELOOP:
             return f"{name} is a symbolic link, which may lead anywhere; copy the file itself"
-        pickles = sorted(entry for entry in os.listdir(self._handle) if entry.endswith(PICKLE_SUFFIXES))
-        if error.errno == errno.ENOENT and name == WEIGHTS_FILE and pickles:
-            return f"holds only {pickles[0]}, a pickle file that could run code; save it as {WEIGHTS_FILE}"
-        return f"{name} is missing" if error.errno == errno.ENOENT else f"{name} can't be read ({error.strerror})"
+        if error.errno != errno.ENOENT:
+            return f"{name} can't be read ({error.strerror})"
+        if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
+            return f"holds only {pickle}, a pickle file that could run code; save it as {WEIGHTS_FILE}"
+        return f"{name} is missing"
+
+    def _first_pickle(self) -> str | None:
+        with os.scandir(self._handle) as entries:  # one by one: there may be millions
+            return min((entry.name for entry in entries if entry.name.endswith(PICKLE_SUFFIXES)), default=None)
 
 
 class Incoming:
@@ -191,6 +197,8 @@ class AdapterStore:
         if target.exists() and not self._intact(digest):
             target.rename(tempfile.mkdtemp(dir=self.directory, prefix=INCOMING_PREFIX))  # for the next writer to clear
         if not target.exists():
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                os.utime(incoming.directory / name, ns=(ADMITTED_NS, ADMITTED_NS))
             _sync_directory(incoming.directory)
             incoming.directory.rename(target)
             _sync_directory(self.directory)
@@ -198,8 +206,17 @@ class AdapterStore:
         return digest
 
     def holds(self, digest: str) -> bool:
-        """Whether both files of `digest` are there; their bytes were checked when they came in."""
-        return digest != "" and all((self.path(digest) / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+        """Whether both files of `digest` are there and, by their times, were not written since they came in.
+
+        Their bytes were checked then; the engine hashes what it reads.
+        """
+        if digest == "":
+            return False
+        try:
+            files = [os.lstat(self.path(digest) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return all(stat.S_ISREG(file.st_mode) and file.st_mtime_ns == ADMITTED_NS for file in files)
 
     def copies(self) -> list[CachedCopy]:
         """All that is here, whole or not."""

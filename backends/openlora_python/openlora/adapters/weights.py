@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,18 @@ from safetensors import SafetensorError, deserialize
 
 from ..errors import AdapterInvalid
 from .base_modules import BaseModules
-from .lora_config import AdapterConfig, ModuleLora
+from .lora_config import MAX_ENTRIES, AdapterConfig, ModuleLora, parse_object
 from .manifest import WEIGHTS_FILE
 
 MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 2 * MAX_ENTRIES
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 EMBEDDING_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_[AB]")
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 SHOWN = 3  # names in a message
+# CPU time of a configuration's patterns on one module's name. The engine matches them again beside decoding, and `re`
+# lets nobody else run meanwhile.
+MATCH_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,10 @@ def _read(path: Path) -> dict[str, _Tensor]:
             raise AdapterInvalid(f"{path.name}: header of {header} bytes, at most {MAX_HEADER_BYTES} are allowed")
         file.seek(0)
         content = file.read()
+    # Read here first: of a key that comes twice the library keeps one, and another reader may keep the other one.
+    tree = parse_object(content[8 : 8 + header], f"{path.name}: its header", MAX_HEADER_BYTES)
+    if len(tree) > MAX_TENSORS:
+        raise AdapterInvalid(f"{path.name} has {len(tree)} tensors, at most {MAX_TENSORS} are allowed")
     try:
         entries = deserialize(content)
     except SafetensorError as error:
@@ -125,9 +134,15 @@ def _targeted(config: AdapterConfig, modules: BaseModules, max_rank: int) -> dic
         for name in [*modules.embeddings, *outside]:
             if config.targets(name):
                 raise AdapterInvalid(f"LoRA on {name} (embeddings, output head) is not supported")
-    targeted = {
-        name: config.of(name) for name in modules.linear if name != modules.output_head and config.targets(name)
-    }
+    targeted = {}
+    for name in modules.linear:
+        began = time.thread_time()
+        if name != modules.output_head and config.targets(name):
+            targeted[name] = config.of(name)
+        if time.thread_time() - began > MATCH_SECONDS:
+            raise AdapterInvalid(
+                f"the patterns in its configuration took more than {MATCH_SECONDS * 1000:.0f} ms on {name}"
+            )
     if not targeted:
         raise AdapterInvalid(f"target_modules {config.target_modules!r:.120} match no module of the base model")
     return targeted

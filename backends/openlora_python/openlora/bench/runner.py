@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import threading
 import time
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..adapters.manifest import adapter_manifest
 from ..engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling
 from ..engine.torch_engine import TorchEngine
 from ..errors import Internal, from_message
@@ -89,6 +89,7 @@ class Runner:
         self._error = ""
         self._peak = (0, 0)  # KV blocks used and wasted
         self._count = itertools.count()
+        self._digests: dict[Path, str] = {}
         engine.start(self._emit)
 
     def run(self, prompts: Sequence[Sequence[int]], adapters: Sequence[Path | None], new_tokens: int) -> Batch:
@@ -100,7 +101,7 @@ class Runner:
         """
         sampling = Sampling(max_tokens=new_tokens, temperature=0.0)
         requests = [
-            EngineRequest(f"bench-{next(self._count)}", tuple(prompt), adapter_uses(path), sampling)
+            EngineRequest(f"bench-{next(self._count)}", tuple(prompt), self._uses(path), sampling)
             for prompt, path in zip(prompts, adapters, strict=True)
         ]
         timings = {request.request_id: Timing(len(request.prompt)) for request in requests}
@@ -124,6 +125,14 @@ class Runner:
 
     def close(self) -> None:
         self.engine.shutdown()
+
+    def _uses(self, path: Path | None) -> tuple[AdapterUse, ...]:
+        """The adapter in a directory at weight 1."""
+        if path is None:
+            return ()
+        if path not in self._digests:
+            self._digests[path] = adapter_manifest(path).digest
+        return (AdapterUse(self._digests[path], str(path.resolve()), WEIGHT_ONE),)
 
     def _over(self) -> bool:
         return bool(self._error) or all(timing.finished for timing in self._live.values())
@@ -150,10 +159,3 @@ class Runner:
         if live and used > self._peak[0] and all(timing.times for timing in live):
             tokens = [timing.prompt_tokens + len(timing.token_ids) - 1 for timing in live]
             self._peak = (used, used - sum(-(-count // self._block_size) for count in tokens))
-
-
-def adapter_uses(path: Path | None) -> tuple[AdapterUse, ...]:
-    """The adapter in a directory at weight 1, under a digest of its path: nothing checks contents here."""
-    if path is None:
-        return ()
-    return (AdapterUse(hashlib.sha256(str(path.resolve()).encode()).hexdigest(), str(path.resolve()), WEIGHT_ONE),)

@@ -6,7 +6,6 @@ costs its own adapter's rank; tokens of the base model cost nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,8 +13,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch.nn import functional
 
 from .kernels import Kernels
@@ -210,15 +207,3 @@ def build_segments(spans: Sequence[tuple[int, tuple[WeightedAdapter, ...]]]) -> 
         row += tokens
     # By adapter, so that what several adapters add to a row has one order in every batch.
     return sorted(segments, key=lambda segment: (segment.use.key, segment.start))
-
-
-def module_rank(config: LoraConfig, module: str) -> int:
-    """The rank of one module: `rank_pattern` where it matches (PEFT's rules), else `r`."""
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
-
-
-def module_scaling(config: LoraConfig, module: str) -> float:
-    """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732); alpha is `lora_alpha` where no pattern matches."""
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-    rank = module_rank(config, module)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank

@@ -26,6 +26,7 @@ import zmq
 from ..adapters.catalog import BaseFacts, Catalog
 from ..adapters.ingest import sync_directory
 from ..adapters.ingest_worker import IngestResult
+from ..adapters.printable import printable
 from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
 from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
@@ -281,7 +282,7 @@ class Launcher:
             try:
                 for result in sync_directory(settings.adapters, run.state_dir, base, tell):
                     if result.status in ("quarantined", "failed"):
-                        log.warning("adapter %s is %s: %s", result.name, result.status, result.reason)
+                        log.warning("adapter %s is %s: %s", printable(result.name), result.status, result.reason)
             except OpenLoRAError as error:
                 log.error("adapters: %s", error)
                 self._adapters_fault = str(error)
