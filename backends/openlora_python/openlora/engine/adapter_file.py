@@ -1,4 +1,8 @@
-"""A PEFT adapter directory read into memory, whole or not at all.
+"""A PEFT adapter directory read into memory, whole or not at all, and beside decoding.
+
+What an adapter is and what memory it takes is known from its configuration and the header of its weights; then they go
+to their places one matrix at a time, so that no more memory is taken than the adapter's own and that of its largest
+matrix, and Python's lock is free for nearly all of the time.
 
 Ingest validates adapters before they get a digest; the engine checks again, because applying part of an adapter
 means that the base model answers in its place.
@@ -8,20 +12,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 
 from ..errors import AdapterInvalid, Unavailable
 from .adaptable import AdaptableLinear
-from .lora import Adapter, LoraCompute, LoraPair, module_rank, module_scaling
+from .adapter_block import Adapter, AdapterLayout, LoraShape
+from .lora import LoraCompute, module_rank, module_scaling
+from .tensor_file import BadTensorFile, StoredTensor, TensorFile
 
 _PREFIX = "base_model.model."
 
@@ -34,44 +40,64 @@ _ACCEPTED = frozenset({
 })  # fmt: skip
 # Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ …) change them.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+_KEPT_PLANS = 64
+_CHECKED_ELEMENTS = 1 << 18  # of a block, checked for NaN and Inf at once
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a configuration says of an adapter for this base model."""
+
+    shapes: Mapping[str, LoraShape]  # of the targeted modules
+    layout: AdapterLayout
 
 
 class AdapterReader:
-    """Reads adapters for one base model: its linears by name, its dtype and device, and the highest rank allowed."""
+    """Opens adapters for one base model: its linears by name, its dtype, and the highest rank allowed. Only for one
+    thread."""
 
     def __init__(
-        self,
-        linears: Mapping[str, AdaptableLinear],
-        lora: LoraCompute,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_rank: int,
+        self, linears: Mapping[str, AdaptableLinear], lora: LoraCompute, dtype: torch.dtype, max_rank: int
     ) -> None:
         self.shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         self.lora = lora
         self.dtype = dtype
-        self.device = device
         self.max_rank = max_rank
+        # By the bytes of the configuration: thousands of adapters share a few.
+        self._plans: OrderedDict[bytes, _Plan] = OrderedDict()
 
-    def read(self, digest: str, path: str) -> Adapter:
-        """The adapter in directory `path`.
+    @contextmanager
+    def open(self, digest: str, path: str) -> Iterator[OpenAdapter]:
+        """The adapter in directory `path`, checked but for its numbers.
 
         Raises:
             AdapterInvalid: naming the digest and what is wrong; nothing of the adapter is used then.
             Unavailable: the file system failed.
         """
-        try:
-            config = self._config(_read(path, "adapter_config.json"))
-            tensors = load_safetensors(_read(path, "adapter_model.safetensors"))
-            return self.lora.prepare(digest, self._pairs(config, tensors))
-        except SafetensorError as error:
-            raise AdapterInvalid(f"adapter {digest}: adapter_model.safetensors can't be read: {error}") from error
-        except re.error as error:
-            raise AdapterInvalid(f"adapter {digest}: adapter_config.json has a bad pattern: {error}") from error
-        except _Refused as refusal:
-            raise AdapterInvalid(f"adapter {digest}: {refusal}") from refusal
-        except OSError as error:
-            raise Unavailable(f"adapter {digest}: can't be read: {error.strerror}", retry_after_ms=1000) from error
+        with _told_of(digest):
+            plan = self._plan(_read(path, "adapter_config.json"))
+            with _tensor_file(path) as file:
+                yield OpenAdapter(digest, file, plan.layout, self._matrices(file.tensors, plan))
+
+    def read(self, digest: str, path: str) -> Adapter:
+        """The adapter in directory `path`, on the host; raises what `open` does."""
+        with self.open(digest, path) as adapter:
+            return adapter.read()
+
+    def _plan(self, data: bytes) -> _Plan:
+        plan = self._plans.get(data)
+        if plan is None:
+            config = self._config(data)
+            shapes = {
+                name: LoraShape(module_rank(config, name), self.shapes[name][1], module_scaling(config, name))
+                for name in self._targets(config)
+            }
+            plan = self._plans[data] = _Plan(shapes, self.lora.layout(shapes, self.dtype))
+            if len(self._plans) > _KEPT_PLANS:
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(data)
+        return plan
 
     def _config(self, data: bytes) -> LoraConfig:
         try:
@@ -99,19 +125,24 @@ class AdapterReader:
             raise _Refused(f"lora_alpha must be finite numbers, found {alphas}")
         return config
 
-    def _pairs(self, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> dict[str, LoraPair]:
-        halves: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            module, side = self._place(key)
+    def _matrices(self, tensors: list[StoredTensor], plan: _Plan) -> list[_StoredMatrix]:
+        """Every tensor of a file as the matrix that it is, in the order of the file: what the plan wants, no more and
+        no less."""
+        halves: dict[str, dict[str, StoredTensor]] = {}
+        matrices = []
+        for tensor in tensors:
+            module, side = self._place(tensor.name)
             halves.setdefault(module, {})[side] = tensor
-        targets = self._targets(config)
+            matrices.append(_StoredMatrix(tensor, module, side))
         if not halves:
             raise _Refused("adapter_model.safetensors is empty")
-        if missing := sorted(targets - halves.keys()):
+        if missing := sorted(plan.shapes.keys() - halves.keys()):
             raise _Refused(f"no weights for {len(missing)} targeted modules, the first is {missing[0]}")
-        if surplus := sorted(halves.keys() - targets):
+        if surplus := sorted(halves.keys() - plan.shapes.keys()):
             raise _Refused(f"weights for {len(surplus)} modules not in target_modules, the first is {surplus[0]}")
-        return {module: self._pair(config, module, sides) for module, sides in sorted(halves.items())}
+        for module, sides in sorted(halves.items()):
+            self._check_pair(module, plan.shapes[module].rank, sides)
+        return matrices
 
     def _place(self, key: str) -> tuple[str, str]:
         """The module and side (A or B) that a key of the file belongs to."""
@@ -126,35 +157,92 @@ class AdapterReader:
             return set(self.shapes)
         return {name for name in self.shapes if check_target_module_exists(config, name)}
 
-    def _pair(self, config: LoraConfig, module: str, sides: dict[str, torch.Tensor]) -> LoraPair:
+    def _check_pair(self, module: str, rank: int, sides: Mapping[str, StoredTensor]) -> None:
         out_features, in_features = self.shapes[module]
-        rank = module_rank(config, module)
         for side, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
             name = f"{module}.lora_{side}"
             if side not in sides:
                 raise _Refused(f"{name} is missing")
-            if tuple(sides[side].shape) != shape:
-                raise _Refused(f"{name} has shape {tuple(sides[side].shape)}, {shape} is right")
-            if not sides[side].is_floating_point():
+            if sides[side].shape != shape:
+                raise _Refused(f"{name} has shape {sides[side].shape}, {shape} is right")
+            if not sides[side].dtype.is_floating_point:
                 raise _Refused(f"{name} has dtype {sides[side].dtype}, a floating-point type is right")
+
+
+@dataclass(frozen=True)
+class _StoredMatrix:
+    tensor: StoredTensor
+    module: str
+    side: str  # A or B
+
+
+@dataclass(frozen=True)
+class OpenAdapter:
+    """An adapter of which everything is known but its numbers."""
+
+    digest: str
+    _file: TensorFile
+    _layout: AdapterLayout
+    _matrices: list[_StoredMatrix]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes once it is read."""
+        return self._layout.nbytes
+
+    def read(self) -> Adapter:
+        """The adapter, on the host. Raises what `AdapterReader.open` does."""
+        block = self._layout.allocate()
+        for matrix in self._matrices:
+            self._layout.write(block, matrix.module, matrix.side, self._file.read(matrix.tensor))
         # Checked after the conversion: a large fp32 number may be infinite in fp16.
-        converted = {side: tensor.to(self.device, self.dtype).contiguous() for side, tensor in sides.items()}
-        for side, tensor in converted.items():
-            if not torch.isfinite(tensor).all():
-                raise _Refused(f"{module}.lora_{side} holds NaN or Inf (as {self.dtype})")
-        return LoraPair(converted["A"], converted["B"], module_scaling(config, module))
+        if not all(_finite(part) for part in block.split(_CHECKED_ELEMENTS)):
+            self._refuse_numbers(block)
+        return Adapter(self.digest, self._layout, block)
+
+    def _refuse_numbers(self, block: torch.Tensor) -> None:
+        for module in sorted(self._layout.places):
+            for side, matrix in zip("AB", self._layout.matrices(block, module), strict=True):
+                if not _finite(matrix):
+                    raise _Refused(f"{module}.lora_{side} holds NaN or Inf (as {block.dtype})")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """In one pass and without a copy: NaN and Inf are always the least or the greatest."""
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
+
+
+@contextmanager
+def _told_of(digest: str) -> Iterator[None]:
+    """Errors as they are told to users, with the digest in front."""
+    try:
+        yield
+    except BadTensorFile as error:
+        raise AdapterInvalid(f"adapter {digest}: adapter_model.safetensors can't be read: {error}") from error
+    except re.error as error:
+        raise AdapterInvalid(f"adapter {digest}: adapter_config.json has a bad pattern: {error}") from error
+    except _Refused as refusal:
+        raise AdapterInvalid(f"adapter {digest}: {refusal}") from refusal
+    except OSError as error:
+        raise Unavailable(f"adapter {digest}: can't be read: {error.strerror}", retry_after_ms=1000) from error
 
 
 class _Refused(Exception):
-    """Why an adapter is refused; `read` puts the digest in front."""
+    """Why an adapter is refused; `_told_of` puts the digest in front."""
 
 
 def _read(path: str, name: str) -> bytes:
-    """The whole file. It is never mapped: a mapped file that someone rewrites is a SIGBUS for every request."""
     try:
         return Path(path, name).read_bytes()
     except FileNotFoundError as error:
         raise _Refused(f"{name} is missing") from error
+
+
+def _tensor_file(path: str) -> TensorFile:
+    try:
+        return TensorFile(Path(path, "adapter_model.safetensors"))
+    except FileNotFoundError as error:
+        raise _Refused("adapter_model.safetensors is missing") from error
 
 
 def _refuse_unsupported(values: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import zmq
 import zmq.asyncio
 
 from ..errors import EngineRestarted, OpenLoRAError, Unavailable
-from .api import EngineInfo, EngineOutput, EngineRequest
-from .wire import Cancel, Hello, Outputs, Submit, ToClient, Welcome
+from .api import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from .wire import Cancel, Figures, Hello, Outputs, Submit, ToClient, Welcome
 
 HELLO_SECONDS = 0.2
 RETRY_AFTER_MS = 2000
@@ -30,12 +30,19 @@ class Receiver(Protocol):
 class EngineClient:
     """Lives on one asyncio loop. Outputs go to their receivers as they come; a dead engine aborts all of them.
 
-    `end_of_step` is called when everything that one message brought was handed out.
+    `end_of_step` is called when everything that one message brought was handed out, `take_stats` with the engine's
+    statistics every second or so. Both on the loop; they must neither block nor raise.
     """
 
-    def __init__(self, address: str, end_of_step: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        end_of_step: Callable[[], None],
+        take_stats: Callable[[EngineStats], None] = lambda stats: None,
+    ) -> None:
         self._address = address
         self._end_of_step = end_of_step
+        self._take_stats = take_stats
         self._context = zmq.asyncio.Context()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToClient)
@@ -94,6 +101,8 @@ class EngineClient:
                     if receiver := self._receivers.get(output.request_id):
                         receiver.take(output)
                 self._end_of_step()
+            elif isinstance(message, Figures):
+                self._take_stats(message.stats)
 
     def require(self) -> EngineInfo:
         """The facts of the engine that answers now.

@@ -20,7 +20,7 @@ import zmq
 from ..errors import OpenLoRAError
 from ..serving.parent_watch import exit_with
 from .api import Engine, EngineOutput, EngineRequest
-from .wire import Cancel, EngineConfig, Hello, Outputs, Report, Submit, ToEngine, Welcome
+from .wire import Cancel, EngineConfig, Figures, Hello, Outputs, Report, Submit, ToEngine, Welcome
 
 REPORT_SECONDS = 1.0
 # Where the engine computes on the CPU, tritonserver and its stubs share its cores: they have little to do, at once.
@@ -135,15 +135,17 @@ class EngineHost:
         for client, made in by_client.items():
             self._send(client, Outputs(tuple(made)))
 
-    def _send(self, client: bytes, message: Welcome | Outputs) -> None:
+    def _send(self, client: bytes, message: Welcome | Outputs | Figures) -> None:
         self._clients.send_multipart([client, self._encoder.encode(message)])
 
     def _report(self) -> None:
         failed = getattr(self._engine, "failed", None)
         if failed is not None:
             raise RuntimeError(f"the engine stopped: {failed}")  # the launcher starts a new one
-        report = Report("engine", os.getpid(), True, stats=self._engine.stats())
-        self._status.send(self._encoder.encode(report))
+        stats = self._engine.stats()
+        self._status.send(self._encoder.encode(Report("engine", os.getpid(), True, stats=stats)))
+        for _, client in self._client_pids.values():
+            self._send(client, Figures(stats))
 
 
 def load_engine(config: EngineConfig) -> Engine:

@@ -30,6 +30,12 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
     outputs: tuple[EngineOutput, ...]
 
 
+class Figures(msgspec.Struct, tag=True, frozen=True):
+    """The engine's statistics, told every second or so to whoever may publish them."""
+
+    stats: EngineStats
+
+
 class EngineConfig(msgspec.Struct, frozen=True):
     """What the launcher writes for the engine process, which must not import the server's libraries."""
 
@@ -54,4 +60,4 @@ class Report(msgspec.Struct, frozen=True):
 
 
 ToEngine = Hello | Submit | Cancel
-ToClient = Welcome | Outputs
+ToClient = Welcome | Outputs | Figures
