@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from openlora.engine.adapter_block import Adapter, LoraPair, LoraShape
 from openlora.engine.attention import PagedStep
 from openlora.engine.kernels import BUFFER, OPERATION, STEP, Kernels
-from openlora.engine.lora import NativeLora
+from openlora.engine.lora import LoraCompute, NativeLora
 
 
 def compute(
@@ -40,3 +42,14 @@ def compute(
     if lora is not None:
         lora.describe(step)
     kernels.compute(operation[None], step)
+
+
+def lay_out(compute: LoraCompute, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
+    """The adapter of these matrices, in the form in which `compute` adds it."""
+    shapes = {module: LoraShape(*pair.a.shape, pair.scaling) for module, pair in pairs.items()}
+    layout = compute.layout(shapes, next(iter(pairs.values())).a.dtype)
+    block = layout.allocate()
+    for module, pair in pairs.items():
+        layout.write(block, module, "A", pair.a)
+        layout.write(block, module, "B", pair.b)
+    return Adapter(digest, layout, block)

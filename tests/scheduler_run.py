@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Ordered
-from concurrent.futures import Executor, Future
-from typing import Any
 
 import torch
+from adapter_store import AdapterStore
 from tiny_models import use
 
-from openlora.engine.adapter_slots import AdapterSlots
-from openlora.engine.api import EngineRequest, Sampling
+from openlora.engine.adapter_block import Adapter
+from openlora.engine.api import AdapterUse, EngineRequest, Sampling
 from openlora.engine.kv_cache import KVCache
-from openlora.engine.lora import Adapter
 from openlora.engine.prefix_cache import PrefixCache
+from openlora.engine.residency import Residency
 from openlora.engine.sampling import SamplingState
 from openlora.engine.scheduler import Scheduler, Sequence, Work
 from openlora.engine.step_budget import StepBudget
 
 
-class AtOnce(Executor):
-    """Runs what it is given in `submit`."""
+class LoadsAtOnce(Residency):
+    """Has loaded what is wanted when `hold` and `ready` return."""
 
-    def submit(self, function: Any, /, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments))
-        return future
+    def hold(self, uses: Ordered[AdapterUse]) -> bool:
+        held = super().hold(uses)
+        self._load_all()
+        return held
+
+    def ready(self, uses: Ordered[AdapterUse]) -> list[Adapter] | None:
+        adapters = super().ready(uses)
+        self._load_all()
+        return super().ready(uses) if adapters is None else adapters
+
+    def _load_all(self) -> None:
+        while self.load_next():
+            pass
 
 
 class SchedulerRun:
@@ -43,6 +51,7 @@ class SchedulerRun:
         max_batch: int = 4,
         max_step_tokens: int = 16,
         max_adapters: int = 4,
+        host_bytes: int = 1 << 40,
         prefix_cache: bool = True,
     ) -> None:
         self.cache = KVCache(
@@ -54,12 +63,10 @@ class SchedulerRun:
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
-        slots = AdapterSlots(lambda digest, path: Adapter(digest, {}), max_adapters, lambda: None)
-        slots.close()
-        slots._loader = AtOnce()
+        residency = LoadsAtOnce(AdapterStore().open, slots=max_adapters, host_bytes=host_bytes, wake=lambda: None)
         prefix = PrefixCache(self.cache.pool, block_size, "0" * 64, enabled=prefix_cache)
         budget = StepBudget(max_step_tokens, 2.0)
-        self.scheduler = Scheduler(self.cache, prefix, slots, budget, max_batch=max_batch)
+        self.scheduler = Scheduler(self.cache, prefix, residency, budget, max_batch=max_batch)
         self.turns = 0
         self.admitted: list[tuple[int, Sequence]] = []
         self.preempted: list[tuple[int, Sequence]] = []
@@ -122,7 +129,7 @@ class SchedulerRun:
         for _ in range(most):
             if not (self.scheduler.waiting or self.scheduler.running):
                 assert self.cache.pool.available == self.cache.pool.total
-                assert self.scheduler.slots.pinned == 0
+                assert self.scheduler.residency.held == 0
                 return
             self.step()
         raise AssertionError(f"not finished in {most} steps")
@@ -136,7 +143,7 @@ class SchedulerRun:
         assert len(pool._free) + pool.held + pool.idle == pool.total
         assert not any(sequence.blocks.ids for sequence in self.scheduler.waiting)
         assert len(running) <= self.scheduler.max_batch
-        assert len({one.digest for s in running for one in s.request.adapters}) <= self.scheduler.slots.count
+        assert len({one.digest for s in running for one in s.request.adapters}) <= self.scheduler.residency.slots
         for sequence in running:
             # At most one block per sequence is partly empty, and none is kept for later.
             assert len(sequence.blocks.ids) <= self.cache.blocks_for(len(sequence.token_ids))

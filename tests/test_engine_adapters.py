@@ -273,19 +273,82 @@ def test_more_adapters_than_slots_take_turns(model_dir, tmp_path):
     assert_equal(Oracle(model_dir, adapters), cases)
 
 
+def test_forty_adapters_at_once_in_eight_slots(model_dir, tmp_path):
+    """With host memory for twelve: all answer, each as it does alone."""
+    adapters = [
+        use(make_adapter(model_dir, tmp_path / str(seed), seed, r=1 + seed % 8, target_modules=["q_proj", "up_proj"]))
+        for seed in range(40)
+    ]
+    with Engine(model_dir, max_adapters=8) as roomy:
+        alone = [roomy.ask(PROMPT, [one], max_tokens=8).ids for one in adapters]
+        largest = max(entry.size for entry in roomy.engine._residency._entries.values())
+    assert len({tuple(ids) for ids in alone}) > 20  # they differ
+    with Engine(model_dir, max_adapters=8, host_adapter_bytes=12 * largest) as engine:
+        for number, one in enumerate(adapters):
+            engine.submit(str(number), PROMPT, [one], max_tokens=8)
+        together = [engine.wait(str(number)) for number in range(40)]
+        assert [answer.error for answer in together] == [""] * 40
+        assert [answer.ids for answer in together] == alone
+        engine.assert_nothing_held()
+        stats = engine.engine.stats().adapters
+        assert stats.host_bytes <= stats.host_limit_bytes == 12 * largest
+        assert (stats.hits_device, stats.hits_host, stats.hits_disk) == (0, 0, 40)
+        assert stats.slots_filled <= 8
+        assert stats.evictions_host >= 40 - stats.host_adapters
+        assert stats.read_seconds > 0
+
+
+def test_an_adapter_that_memory_has_no_room_for_is_refused(model_dir, adapter_dir, tmp_path):
+    large = make_adapter(model_dir, tmp_path / "large", 3, r=16, target_modules=projections("llama"))
+    with Engine(model_dir, host_adapter_bytes=32_000) as engine:
+        answer = engine.ask(PROMPT, [use(large)])
+        assert answer.error.startswith(f"[ADAPTER_INVALID] adapter {digest_of(large)}: takes ")
+        assert answer.error.endswith(" bytes of memory, at most 32000 (engine.host_adapter_bytes) are right")
+        assert engine.ask(PROMPT, [use(adapter_dir)]).finish_reason == "length"
+        assert engine.engine.stats().adapters.host_bytes <= 32_000
+        engine.assert_nothing_held()
+
+
+def test_a_load_begins_when_its_request_is_submitted(model_dir, adapter_dir, tmp_path):
+    """While the only row is taken, and the engine between two steps."""
+    cold = changed(adapter_dir, tmp_path / "cold")
+    entered, released, opened = threading.Event(), threading.Event(), threading.Event()
+
+    def stop_once(outputs) -> None:
+        if not entered.is_set():
+            entered.set()
+            assert released.wait(60)
+
+    with Engine(model_dir, stop_once, max_batch=1) as engine:
+        open_adapter = engine.engine._residency._open
+
+        def noted(digest: str, path: str):
+            opened.set()
+            return open_adapter(digest, path)
+
+        engine.engine._residency._open = noted
+        engine.submit("running", PROMPT, max_tokens=20)
+        assert entered.wait(60)
+        engine.submit("next", PROMPT, [use(cold)])
+        assert opened.wait(60)
+        released.set()
+        assert engine.wait("next").ids == engine.ask(PROMPT, [use(adapter_dir)]).ids
+        engine.assert_nothing_held()
+
+
 def test_a_slow_load_holds_nobody_up(model_dir, adapter_dir, tmp_path):
     """Running requests, and those that come later, go on while an adapter is being read."""
     slow_dir = changed(adapter_dir, tmp_path / "slow")
     released = threading.Event()
     with Engine(model_dir) as engine:
-        read = engine.engine._slots._read
+        opened = engine.engine._residency._open
 
-        def slow_read(digest: str, path: str):
+        def slow_open(digest: str, path: str):
             if path == slow_dir:
                 assert released.wait(60)
-            return read(digest, path)
+            return opened(digest, path)
 
-        engine.engine._slots._read = slow_read
+        engine.engine._residency._open = slow_open
         expected = engine.ask(PROMPT, [use(adapter_dir)]).ids  # resident from here on
         engine.submit("running", PROMPT, max_tokens=40)
         engine.until(lambda answers: "running" in answers)

@@ -41,7 +41,7 @@ class Paged:
             device=CPU,
         )
         self.model = PagedModel(model, self.cache)
-        reader = AdapterReader(self.model.linears, self.model.lora, torch.float32, CPU, 64)
+        reader = AdapterReader(self.model.linears, self.model.lora, torch.float32, 64)
         names = projections(family)
         paths = [
             make_adapter(self.model_dir, directory / str(seed), seed, std=0.1, **settings)

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from adapter_store import AdapterStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -103,7 +104,7 @@ def test_cancel_during_prefill_takes_one_step(model_dir, adapters):
         engine.engine.cancel("long")
         assert cancelled(gate.step()) == ["long"]
         assert engine.answers["long"].ids == []
-        assert scheduler.slots.pinned == 0
+        assert scheduler.residency.held == 0
         gate.open()
         assert engine.wait("decoding").finish_reason == "length"
         engine.assert_nothing_held()
@@ -127,14 +128,14 @@ def test_cancel_while_waiting_for_a_row_takes_one_step(model_dir, adapters):
 def test_cancel_while_its_adapter_loads(model_dir, adapters):
     with Engine(model_dir, max_adapters=1) as engine:
         reading, released = threading.Event(), threading.Event()
-        read = engine.engine._slots._read
+        opened = engine.engine._residency._open
 
-        def slow_read(digest: str, path: str):
+        def slow_open(digest: str, path: str):
             reading.set()
             assert released.wait(60)
-            return read(digest, path)
+            return opened(digest, path)
 
-        engine.engine._slots._read = slow_read
+        engine.engine._residency._open = slow_open
         engine.submit("loading", PROMPT, [use(adapters[0])])
         assert reading.wait(60)
         engine.engine.cancel("loading")
@@ -301,6 +302,20 @@ def test_more_adapters_than_slots():
     assert all(passed <= bound for passed, bound in passed_and_bound(run))
 
 
+def test_forty_adapters_in_eight_slots():
+    """With memory for twelve: the bound holds, and nobody waits for the whole queue of another."""
+    run = SchedulerRun(max_batch=16, max_adapters=8, host_bytes=12 * AdapterStore().size("any"), blocks=256)
+    for number in range(5):
+        for adapter in range(40):
+            run.add([1] * (1 + (adapter + number) % 5), [f"adapter {adapter}"], max_tokens=1 + adapter % 3)
+    run.finish()
+    assert len(run.ended) == 200
+    assert all(passed <= bound for passed, bound in passed_and_bound(run))
+    stats = run.scheduler.residency.stats()
+    assert (stats.slots_filled, stats.host_adapters) == (8, 12)
+    assert stats.loads > 40  # some were read again
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.lists(st.sampled_from("abcd"), max_size=2, unique=True), st.integers(1, 12)),
@@ -396,7 +411,7 @@ def test_a_deadline_ends_a_request_in_any_phase(model_dir, adapters, monkeypatch
 def test_a_deadline_wakes_an_engine_that_has_nothing_to_compute(model_dir, adapters):
     with Engine(model_dir) as engine:
         released = threading.Event()
-        engine.engine._slots._read = lambda digest, path: released.wait(60)
+        engine.engine._residency._open = lambda digest, path: released.wait(60)
         engine.submit("loading", PROMPT, [use(adapters[0])], timeout=0.05)
         assert engine.wait("loading").error == "[DEADLINE_EXCEEDED] not finished in 50 ms"
         released.set()

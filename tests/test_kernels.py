@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 import torch
-from native_operations import compute
+from native_operations import compute, lay_out
 from tiny_models import FAMILIES, config_of
 from torch import nn
 from torch.nn import functional
@@ -24,13 +24,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from openlora.engine import kernels
+from openlora.engine.adapter_block import LoraPair, Member
 from openlora.engine.attention import PagedStep, Span
 from openlora.engine.decoder_plan import native_kernels
 from openlora.engine.kernels import ACTIVATIONS, GATE, HEADS, LIBRARY, NORM, SOURCES, Kernels, _why_not, kernels_for
 from openlora.engine.kernels.build import compile_kernels
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.linear import PackedLinear, TorchLinear, pack_linears
-from openlora.engine.lora import LoraPair, Member, NativeLora, Segment, TorchLora, WeightedAdapter, make_lora
+from openlora.engine.lora import NativeLora, Segment, TorchLora, WeightedAdapter, make_lora
 from openlora.engine.model import PagedModel
 
 CPU = torch.device("cpu")
@@ -155,7 +156,7 @@ class Lora:
                 for name, outputs in OUTPUTS.items()
                 if place % 2 == 0 or name not in ("k", "down")
             }
-            self.uses[rank] = self.compute.prepare(str(rank), self.pairs[rank])
+            self.uses[rank] = lay_out(self.compute, str(rank), self.pairs[rank])
         self.inputs = noise(1, TOKENS, features, dtype=dtype, seed=7)
 
     def segment(self, rank: int, weight: float, start: int, stop: int) -> Segment:

@@ -8,14 +8,15 @@ import math
 import pytest
 import torch
 from held_out import held_out_texts, judge
-from native_operations import compute
+from native_operations import compute, lay_out
 from parity import Oracle
 from tiny_models import FAMILIES, VOCAB, Engine, make_adapter, make_model, make_prompt, projections, use
 from torch import nn
 
 from openlora.engine import quantization
+from openlora.engine.adapter_block import LoraPair, Member
 from openlora.engine.kernels import kernels_for
-from openlora.engine.lora import LoraPair, Member, NativeLora, Segment, TorchLora, WeightedAdapter
+from openlora.engine.lora import NativeLora, Segment, TorchLora, WeightedAdapter
 from openlora.engine.quantization import Int8Linear, TorchaoLinear, kept_file, pack_int8, quantize
 from openlora.errors import UnsupportedModel
 
@@ -102,7 +103,7 @@ def test_adapters_beside_are_what_is_added_to_the_result(mode, rows):
     expected = packed(inputs)
     for lora in (native, plain):
         half = rows // 2
-        use = WeightedAdapter(lora.prepare("a", pairs), 0.7)
+        use = WeightedAdapter(lay_out(lora, "a", pairs), 0.7)
         lora.begin([Segment(use, 0, half), Segment(WeightedAdapter(use.adapter, -1.1), half, rows)])
     plain.add(0, inputs[None], expected[None])
     operation = packed.operation.copy()

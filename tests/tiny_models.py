@@ -219,5 +219,5 @@ class Engine:
         assert scheduler.cache.used_blocks == 0
         pool = scheduler.cache.pool
         assert pool.available == pool.total
-        assert scheduler.slots.pinned == 0
+        assert scheduler.residency.held == 0
         assert self.engine._live == {}

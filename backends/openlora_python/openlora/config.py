@@ -42,6 +42,7 @@ class EngineSettings(_Section):
     max_step_tokens: int = Field(default=512, ge=16)
     kv_cache_tokens: int | None = Field(default=None, ge=64)
     max_adapters: int = Field(default=64, ge=1)
+    host_adapter_bytes: int | None = Field(default=None, ge=1)  # adapters in host memory; default: a share of it
     max_rank: int = Field(default=128, ge=1)
     max_waiting: int = Field(default=1024, ge=1)
     prefix_cache: Literal["per_caller", "shared", "off"] = "per_caller"  # shared: timing tells of others' prompts

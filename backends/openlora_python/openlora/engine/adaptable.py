@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from .adapter_block import Member
 from .kernels import Kernels
 from .linear import Pack
-from .lora import Member, NativeLora, TorchLora, make_lora
+from .lora import NativeLora, TorchLora, make_lora
 
 _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears of one module with the same input
 

@@ -21,6 +21,7 @@ class AdapterUse(msgspec.Struct, frozen=True):
     digest: str  # manifest digest, 64 hex digits
     path: str
     weight: int  # 1e-6 units; the adapter's own scaling comes on top
+    pinned: bool = False  # by the catalog: evicted last from memory; as of the adapter's latest use
 
 
 GUIDE_KINDS = ("json", "json_schema", "regex", "grammar", "choice")
@@ -105,6 +106,27 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_adapters: int  # device slots: distinct adapters in one step
 
 
+class AdapterStats(msgspec.Struct, frozen=True):
+    """Where adapters are, and since the start how requests found them: one of a request counts where it was when the
+    request was submitted."""
+
+    slots: int = 0
+    slots_filled: int = 0  # adapters on the device
+    host_adapters: int = 0  # adapters in host memory
+    host_bytes: int = 0  # of those, and of loads in progress
+    host_limit_bytes: int = 0
+    hits_device: int = 0
+    hits_host: int = 0
+    hits_disk: int = 0
+    loads: int = 0  # from disk to host …
+    read_seconds: float = 0.0  # … which took so long
+    failed_loads: int = 0
+    placed: int = 0  # copied from host to device, where that is a copy …
+    place_seconds: float = 0.0  # … which took so long
+    evictions_device: int = 0
+    evictions_host: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True):
     steps: int
     running: int
@@ -116,6 +138,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_lookup_tokens: int = 0  # since the start: of prompts that were looked up in the prefix cache …
     prefix_hit_tokens: int = 0  # … and those of them that were in it
     preemptions: int = 0  # since the start
+    adapters: AdapterStats = AdapterStats()
 
 
 Emit = Callable[[list[EngineOutput]], None]

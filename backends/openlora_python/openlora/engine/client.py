@@ -30,7 +30,8 @@ class Receiver(Protocol):
 class EngineClient:
     """Lives on one asyncio loop. Outputs go to their receivers as they come; a dead engine aborts all of them.
 
-    `end_of_step` is called when everything that one message brought was handed out.
+    `end_of_step` is called when everything that one message brought was handed out, on the loop; it must neither block
+    nor raise.
     """
 
     def __init__(self, address: str, end_of_step: Callable[[], None]) -> None:

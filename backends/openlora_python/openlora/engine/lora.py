@@ -8,47 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn import functional
 
+from .adapter_block import Adapter, AdapterLayout, LoraShape, Member, make_layout
 from .kernels import Kernels
-from .kernels.pages import streamed
 
-PAIR = np.dtype(
-    [("a", "u8"), ("b", "u8"), ("rank", "i4"), ("column", "i4"), ("columns", "i4"), ("scaling", "f4")], align=True
-)
 SEGMENT = np.dtype([("pairs", "u8"), ("start", "i4"), ("stop", "i4"), ("weight", "f4"), ("unused", "i4")], align=True)
-"""`Pair` and `Segment` of kernels/lora.h."""
-STRIP = 64  # outputs; see there
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """The two matrices of one module and their scaling."""
-
-    a: torch.Tensor  # [rank, in_features]
-    b: torch.Tensor  # [out_features, rank], or what `pack_expand` makes of it
-    scaling: float
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """A loaded adapter, in the form that the engine's `LoraCompute` gave it."""
-
-    digest: str
-    pairs: Mapping[str, LoraPair]  # by the module's name in the base model
-    table: np.ndarray | None = None  # PAIR [groups, members], for the native kernel
-    width: int = 0  # the largest sum of (even) ranks in a group
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the weights."""
-        weights = sum(pair.a.nbytes + pair.b.nbytes for pair in self.pairs.values())
-        return weights + (0 if self.table is None else self.table.nbytes)
+"""`Segment` of kernels/lora.h."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +41,14 @@ class Segment:
     stop: int
 
 
-@dataclass(frozen=True)
-class Member:
-    """One linear of a group: its name, and its columns in the group's output."""
-
-    name: str
-    column: int
-    columns: int
-
-
 class LoraCompute(Protocol):
     """How the adapters of a step are added to the outputs of groups of linears that share their input:
 
     outputs[rows, columns] += w·s·(inputs[rows]·Aᵀ)·Bᵀ for each segment and each member of a group.
     """
 
-    def prepare(self, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
-        """An adapter in the form in which it is added."""
+    def layout(self, shapes: Mapping[str, LoraShape], dtype: torch.dtype) -> AdapterLayout:
+        """How an adapter with these modules must lie in memory."""
 
     def begin(self, segments: Sequence[Segment]) -> None:
         """Set the segments of the step that follows; none ends it."""
@@ -106,8 +66,8 @@ class TorchLora:
         self._groups = groups
         self._segments: Sequence[Segment] = ()
 
-    def prepare(self, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
-        return Adapter(digest, pairs)
+    def layout(self, shapes: Mapping[str, LoraShape], dtype: torch.dtype) -> AdapterLayout:
+        return make_layout(self._groups, shapes, dtype, strips=False)
 
     def begin(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
@@ -133,33 +93,15 @@ class NativeLora:
         self._scratch = torch.empty(0, dtype=torch.int32)
         self.begin([])
 
-    def prepare(self, digest: str, pairs: Mapping[str, LoraPair]) -> Adapter:
-        table = np.zeros((len(self._groups), self._members), PAIR)
-        places = [
-            (index, place, member)
-            for index, group in enumerate(self._groups)
-            for place, member in enumerate(group)
-            if member.name in pairs
-        ]
-        # In the order in which a step reads them.
-        matrices = [
-            matrix for *_, member in places for matrix in (pairs[member.name].a, pack_expand(pairs[member.name].b))
-        ]
-        placed = iter(_together(matrices))
-        kept: dict[str, LoraPair] = {}
-        for (index, place, member), a, b in zip(places, placed, placed, strict=True):
-            scaling = pairs[member.name].scaling
-            table[index, place] = (a.data_ptr(), b.data_ptr(), len(a), member.column, member.columns, scaling)
-            kept[member.name] = LoraPair(a, b, scaling)
-        ranks = table["rank"] + table["rank"] % 2
-        return Adapter(digest, kept, table, int(ranks.sum(axis=1).max()))
+    def layout(self, shapes: Mapping[str, LoraShape], dtype: torch.dtype) -> AdapterLayout:
+        return make_layout(self._groups, shapes, dtype, strips=True)
 
     def begin(self, segments: Sequence[Segment]) -> None:
         self._held = segments  # what the addresses belong to
         self._segments = np.array(
             [(s.use.adapter.table.ctypes.data, s.start, s.stop, s.use.weight, 0) for s in segments], SEGMENT
         )
-        size = sum((segment.stop - segment.start) * segment.use.adapter.width for segment in segments)
+        size = sum((segment.stop - segment.start) * segment.use.adapter.layout.width for segment in segments)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.int32)
 
@@ -167,28 +109,6 @@ class NativeLora:
         """Enter the segments into a STEP `[1]`; they must live until it is computed."""
         step["segments"], step["segment_count"] = self._segments.ctypes.data, len(self._segments)
         step["members"], step["shrunk"] = self._members, self._scratch.data_ptr()
-
-
-def _together(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same matrices in one block of memory, each from the beginning of a cache line."""
-    line = 64 // matrices[0].element_size()
-    starts = list(accumulate((-(-matrix.numel() // line) * line for matrix in matrices), initial=0))
-    memory = streamed(starts[-1] + line, dtype=matrices[0].dtype)
-    first = -memory.data_ptr() % 64 // memory.element_size()
-    return [
-        memory[first + start : first + start + matrix.numel()].view(matrix.shape).copy_(matrix)
-        for start, matrix in zip(starts, matrices, strict=False)
-    ]
-
-
-def pack_expand(b: torch.Tensor) -> torch.Tensor:
-    """B `[out_features, rank]` as kernels/lora.h reads it, in strips of 64 outputs, the last one filled up with
-    zeros: float32 `[strips, rank, 64]`, bfloat16 `[strips, ⌈rank / 2⌉, 64, 2]`."""
-    together = 2 if b.dtype == torch.bfloat16 else 1  # ranks in one lane
-    rows, rank = b.shape
-    padded = functional.pad(b, (0, -rank % together, 0, -rows % STRIP))
-    strips = padded.view(-1, STRIP, padded.shape[1] // together, together)
-    return strips.transpose(1, 2).contiguous()
 
 
 def build_segments(spans: Sequence[tuple[int, tuple[WeightedAdapter, ...]]]) -> list[Segment]:

@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass, field
 
 from ..errors import Internal, OpenLoRAError
-from .adapter_slots import AdapterSlots
 from .api import WEIGHT_ONE, EngineRequest
 from .fair_turns import FairTurns
 from .kv_cache import KVCache, SequenceBlocks
 from .lora import WeightedAdapter
 from .prefix_cache import KeyChain, PrefixCache
+from .residency import Residency
 from .sampling import SamplingState
 from .step_budget import StepBudget, StepLoad
 
@@ -32,7 +32,7 @@ class Sequence:
     computed: int = 0  # leading tokens whose keys and values are in the cache
     cached: int | None = None  # leading prompt tokens that were in the cache when it first ran
     running: bool = False
-    pinned: bool = False  # its adapters hold slots
+    holds: bool = False  # slots, for its adapters
     overtaken: int = 0  # sequences behind it that were admitted while it waited for room
     turn: float = 0.0
     blocks: SequenceBlocks = field(default_factory=SequenceBlocks)
@@ -70,7 +70,7 @@ class Work:
 class Scheduler:
     """Queues, admission, preemption.
 
-    **Room.** A running sequence has a row, its adapters pinned in device slots (so a step never has more adapters than
+    **Room.** A running sequence has a row, its adapters held in device slots (so a step never has more adapters than
     slots), and blocks for the tokens it has: at most one of them partly filled, none in reserve. It is admitted
     when there are blocks for all that is known of it and, beyond that, one for each sequence that then runs.
 
@@ -84,26 +84,27 @@ class Scheduler:
     preemption comes at least that many steps after the admission before it.
 
     **Order and fairness.** Lower priority numbers first; within one, `FairTurns` rotates among adapters, so that a long
-    queue for one adapter does not hold up the others. A sequence that lacks slots or blocks may be overtaken by
-    those behind it, but only `max_batch` times: then nobody behind it is admitted, and those give up slots they
-    hold in advance, until it fits. *Bound*: of the requests of its priority that arrive later, a request with n of its
-    own adapters ahead of it sees at most (n + 1) of each other adapter set admitted first, `max_batch` that overtake
-    it for want of room, and those that go on while its own adapters load. So no adapter starves, however many
-    requests another one gets. Strict priorities may starve what is less urgent: the policy caps them.
+    queue for one adapter does not hold up the others. A sequence that lacks slots, host memory for its adapters or
+    blocks may be overtaken by those behind it, but only `max_batch` times: then nobody behind it is admitted, and those
+    give up slots they hold in advance, until it fits. *Bound*: of the requests of its priority that arrive later, a
+    request with n of its own adapters ahead of it sees at most (n + 1) of each other adapter set admitted first,
+    `max_batch` that overtake it for want of room, and those that go on while its own adapters load. So no adapter
+    starves, however many requests another one gets. Strict priorities may starve what is less urgent: the policy caps
+    them.
     """
 
     def __init__(
         self,
         cache: KVCache,
         prefix: PrefixCache,
-        slots: AdapterSlots,
+        residency: Residency,
         budget: StepBudget,
         *,
         max_batch: int,
     ) -> None:
         self.cache = cache
         self.prefix = prefix
-        self.slots = slots
+        self.residency = residency
         self.budget = budget
         self.max_batch = max_batch
         self.waiting: list[Sequence] = []  # by place
@@ -123,10 +124,10 @@ class Scheduler:
             self._stop(sequence)
         else:
             self._dequeue(sequence, served=False)
-        self._unpin(sequence)
+        self._release(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to the queue; its adapters stay pinned."""
+        """Send a running sequence back to the queue; it goes on holding its slots."""
         self._stop(sequence)
         sequence.computed = 0
         sequence.turn = self._turns.enter_again(sequence.request)
@@ -149,7 +150,7 @@ class Scheduler:
             try:
                 admitted = self._admit(sequence)
                 if admitted is None and starving:
-                    self._unpin_behind(sequence)
+                    self._release_behind(sequence)
                     admitted = self._admit(sequence)
             except OpenLoRAError as error:
                 failed.append((sequence, error))
@@ -212,23 +213,26 @@ class Scheduler:
         self.cache.release(sequence.blocks)
         self.changed = True
 
-    def _unpin(self, sequence: Sequence) -> None:
-        if sequence.pinned:
-            self.slots.unpin(sequence.request.adapters)
-            sequence.pinned, sequence.adapters = False, ()
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.holds:
+            self.residency.release(sequence.request.adapters)
+            sequence.holds, sequence.adapters = False, ()
 
-    def _unpin_behind(self, sequence: Sequence) -> None:
-        """Those behind give up the slots that they hold in advance: they may be what this one waits for."""
+    def _release_behind(self, sequence: Sequence) -> None:
+        """Those behind give up what they hold in advance: it may be what this one waits for."""
         for other in self.waiting[self.waiting.index(sequence) + 1 :]:
-            self._unpin(other)
+            self._release(other)
 
     def _admit(self, sequence: Sequence) -> bool | None:
-        """True when it runs now, False while its adapters load or no row is free, None when slots or cache are full."""
-        if not sequence.pinned:
-            sequence.pinned = self.slots.pin(sequence.request.adapters)
-            if not sequence.pinned:
+        """True when it runs now, False while its adapters load or no row is free, None when slots, host memory or cache
+        are full."""
+        if not sequence.holds:
+            sequence.holds = self.residency.hold(sequence.request.adapters)
+            if not sequence.holds:
                 return None
-        if not self._load_adapters(sequence) or len(self.running) >= self.max_batch:
+        if not self._take_adapters(sequence):
+            return None if self.residency.lacks_room(sequence.request.adapters) else False
+        if len(self.running) >= self.max_batch:
             return False
         if not self._take_blocks(sequence):
             return None
@@ -239,13 +243,13 @@ class Scheduler:
             sequence.queue_seconds = time.monotonic() - sequence.submitted_at
         return True
 
-    def _load_adapters(self, sequence: Sequence) -> bool:
+    def _take_adapters(self, sequence: Sequence) -> bool:
         """Whether all its adapters are resident."""
         uses = sequence.request.adapters
         if len(sequence.adapters) == len(uses):
             return True
         try:
-            adapters = self.slots.resident(uses)
+            adapters = self.residency.ready(uses)
         except OpenLoRAError:
             raise
         except Exception as error:

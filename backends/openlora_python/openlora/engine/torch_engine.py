@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
+import msgspec
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -21,13 +22,15 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..errors import DeadlineExceeded, Internal, InvalidArgument, NotFinite, OpenLoRAError, Overloaded
 from .adapter_file import AdapterReader
-from .adapter_slots import AdapterSlots
 from .api import Emit, EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenLogprob
 from .checked_model import device_of, load_checked
+from .host_memory import default_adapter_bytes
+from .loader import Loader
 from .model import Chunk, PagedModel, eos_token_ids, longest_context
 from .prefix_cache import PrefixCache
 from .quantization import MODES
 from .request_check import check_request
+from .residency import Residency
 from .sampling import Sampled, SamplingState, sample
 from .scheduler import Scheduler, Sequence, Work
 from .step_budget import StepBudget
@@ -58,6 +61,7 @@ class TorchEngine:
         kv_cache_tokens: int | None = None,
         block_size: int = 16,
         max_adapters: int = 64,
+        host_adapter_bytes: int | None = None,
         max_rank: int = 128,
         max_waiting: int = 1024,
         prefix_cache: bool = True,
@@ -68,8 +72,9 @@ class TorchEngine:
         `max_model_len` bounds prompt and output together; None is the model's own limit, less if memory asks for it.
         `kv_cache_tokens` is shared by all sequences; None is enough for `max_batch` of the longest, within a share
         of the memory. `max_step_tokens` bounds decode and prefill tokens of one forward, `prefill_stretch` how much
-        longer prompts may make a step in which others decode (`StepBudget`). `quantized_dir` keeps quantized weights
-        by `base_digest`, so that only the first start makes them.
+        longer prompts may make a step in which others decode (`StepBudget`). `max_adapters` are the device slots,
+        `host_adapter_bytes` the memory of all adapters on the host; None is a share of the machine's. `quantized_dir`
+        keeps quantized weights by `base_digest`, so that only the first start makes them.
 
         Raises:
             InvalidArgument: a setting is out of range, naming it.
@@ -83,6 +88,8 @@ class TorchEngine:
                             ("max_rank", max_rank), ("max_waiting", max_waiting)):  # fmt: skip
             if value < 1:
                 raise InvalidArgument(f"{value} is too small, at least 1 is right", field=name)
+        if host_adapter_bytes is not None and host_adapter_bytes < 1:
+            raise InvalidArgument(f"{host_adapter_bytes} is too small, at least 1 is right", field="host_adapter_bytes")
         if max_step_tokens < max_batch:
             raise InvalidArgument(
                 f"{max_step_tokens} is too small, at least max_batch = {max_batch} is right", field="max_step_tokens"
@@ -105,13 +112,20 @@ class TorchEngine:
         self.max_model_len = min(max_model_len or longest_context(config), cache.total_blocks * block_size)
 
         self._wake = threading.Event()
-        reader = AdapterReader(self._model.linears, self._model.lora, model.dtype, target, max_rank)
-        self._slots = AdapterSlots(reader.read, max_adapters, self._wake.set)
+        reader = AdapterReader(self._model.linears, self._model.lora, model.dtype, max_rank)
+        self._residency = Residency(
+            reader.open,
+            slots=max_adapters,
+            host_bytes=host_adapter_bytes or default_adapter_bytes(cache.data.nbytes if target.type == "cpu" else 0),
+            wake=self._wake.set,
+            place=None if target.type == "cpu" else lambda adapter: adapter.to(target),
+        )
+        self._loader = Loader(self._residency)
         self._guides = GuideCompiler(model_dir, config.vocab_size, eos_token_ids(model), self._wake.set)
         self._preparing: list[Sequence] = []  # until their guides are ready
         self._prefix = PrefixCache(cache.pool, block_size, base_digest, enabled=prefix_cache)
         budget = StepBudget(max_step_tokens, prefill_stretch)
-        self._scheduler = Scheduler(cache, self._prefix, self._slots, budget, max_batch=max_batch)
+        self._scheduler = Scheduler(cache, self._prefix, self._residency, budget, max_batch=max_batch)
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap by (deadline, arrival), of the ended ones too
         self._lock = threading.Lock()  # guards the five fields below
         self._live: dict[str, Sequence] = {}
@@ -178,6 +192,7 @@ class TorchEngine:
                 if request.timeout is not None:
                     sequence.deadline = time.monotonic() + request.timeout
                 self._arrivals += 1
+                self._residency.prefetch(request.adapters)
                 self._live[request.request_id] = sequence
                 self._submitted.append(sequence)
         self._wake.set()
@@ -189,8 +204,9 @@ class TorchEngine:
         self._wake.set()
 
     def stats(self) -> EngineStats:
-        """As of the end of the last turn of the loop."""
-        return self._stats
+        """As of the end of the last turn of the loop; where adapters are, as of now."""
+        adapters = self._residency.stats()
+        return msgspec.structs.replace(self._stats, adapters_loaded=adapters.slots_filled, adapters=adapters)
 
     def shutdown(self) -> None:
         """Stop the step loop and the loader; running requests are dropped."""
@@ -198,7 +214,7 @@ class TorchEngine:
         self._wake.set()
         self._started.set()
         self._thread.join()
-        self._slots.close()
+        self._loader.close()
         self._guides.close()
 
     def _refusal(self, request: EngineRequest) -> OpenLoRAError | None:
@@ -293,7 +309,7 @@ class TorchEngine:
             waiting=len(self._scheduler.waiting),
             kv_blocks_used=cache.used_blocks,
             kv_blocks_total=cache.total_blocks,
-            adapters_loaded=self._slots.loaded,
+            adapters_loaded=0,  # `stats` knows
             kv_blocks_cached=cache.pool.idle,
             prefix_lookup_tokens=self._prefix.lookup_tokens,
             prefix_hit_tokens=self._prefix.hit_tokens,
@@ -372,6 +388,7 @@ class TorchEngine:
         else:
             self._scheduler.remove(sequence)
         request_id = sequence.request.request_id
+        self._residency.forget(sequence.request.adapters)
         with self._lock:
             del self._live[request_id]
         now = time.monotonic()

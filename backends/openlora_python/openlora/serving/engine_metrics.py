@@ -34,6 +34,23 @@ ENGINE_METRICS = (
     EngineMetric("prefix_lookup_tokens_total", "prefix_lookup_tokens", "Prompt tokens looked up in the prefix cache"),
     EngineMetric("prefix_hit_tokens_total", "prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
     EngineMetric("preemptions_total", "preemptions", "Requests sent back to the queue"),
+    *(
+        EngineMetric(
+            "adapter_hits_total", f"adapters.hits_{tier}", "Where requests found their adapters", (("tier", tier),)
+        )
+        for tier in ("device", "host", "disk")
+    ),
+    EngineMetric("adapter_evictions_total", "adapters.evictions_device", "Adapters put out", (("tier", "device"),)),
+    EngineMetric("adapter_evictions_total", "adapters.evictions_host", "Adapters put out", (("tier", "host"),)),
+    EngineMetric("adapter_loads_total", "adapters.loads", "Adapters read from disk"),
+    EngineMetric("adapter_failed_loads_total", "adapters.failed_loads", "Adapters that could not be read"),
+    EngineMetric("adapter_read_seconds_total", "adapters.read_seconds", "Time spent reading adapters"),
+    EngineMetric("adapter_slots", "adapters.slots", "Device slots"),
+    EngineMetric("adapters_in_host_memory", "adapters.host_adapters", "Adapters in host memory"),
+    EngineMetric("adapter_host_bytes", "adapters.host_bytes", "Host memory of adapters, loads in progress included"),
+    EngineMetric(
+        "adapter_host_limit_bytes", "adapters.host_limit_bytes", "The most host memory that adapters may take"
+    ),
 )
 UP = Family("openlora_engine_up", "gauge", "1 while an engine answers, else 0")
 

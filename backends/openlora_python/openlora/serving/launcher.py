@@ -235,6 +235,7 @@ class Launcher:
                 "max_waiting": engine.max_batch + engine.max_waiting,
                 "prefix_cache": engine.prefix_cache != "off",
                 "prefill_stretch": engine.prefill_stretch,
+                "host_adapter_bytes": engine.host_adapter_bytes,
                 **{name: getattr(engine, name) for name in names.split()},
             },
         )

@@ -117,7 +117,8 @@ class ResolverStep:
                 priority=max(sampling.priority, self._limits.highest_priority),
                 cache_salt="" if self._run.settings.engine.prefix_cache == "shared" else caller,
                 adapters=tuple(
-                    AdapterUse(record.digest, str(self._cached(record)), spec.weight) for spec, record in records
+                    AdapterUse(record.digest, str(self._cached(record)), spec.weight, record.pinned)
+                    for spec, record in records
                 ),
                 adapter_names=tuple(record.name for _, record in records),
                 sampling=self._for_engine(inputs, sampling),

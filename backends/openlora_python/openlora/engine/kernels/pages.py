@@ -25,3 +25,8 @@ def streamed(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE
     return whole[start : start + size].view(dtype).view(shape)
+
+
+def occupied(size: int) -> int:
+    """Bytes of memory that a streamed tensor of `size` bytes takes at most: huge pages are taken whole."""
+    return size if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE") else -(-size // _HUGE_PAGE) * _HUGE_PAGE
