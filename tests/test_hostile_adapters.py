@@ -32,9 +32,10 @@ from openlora.adapters.ingest import ingest, sync_directory
 from openlora.adapters.ingest_worker import Copied, Ingester, IngestJob, IngestRequest, IngestResult
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.adapters.store import AdapterStore
+from openlora.engine.adapter_block import Adapter, Member
 from openlora.engine.adapter_file import AdapterReader
 from openlora.engine.api import WEIGHT_ONE, AdapterUse
-from openlora.engine.lora import Adapter, TorchLora
+from openlora.engine.lora import TorchLora
 from openlora.errors import AdapterInvalid, InvalidArgument
 
 MAX_RANK = 16
@@ -187,7 +188,8 @@ class Peft:
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and name != "lm_head"
         }
-        self.reader = AdapterReader(linears, TorchLora([]), torch.float32, torch.device("cpu"), MAX_RANK)
+        lora = TorchLora([[Member(name, 0, linear.out_features)] for name, linear in linears.items()])
+        self.reader = AdapterReader(linears, lora, torch.float32, MAX_RANK)
 
     def oracle(self, folder: Path) -> dict[str, tuple[float, torch.Tensor, torch.Tensor]]:
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self._model_dir), folder)

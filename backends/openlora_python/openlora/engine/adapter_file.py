@@ -67,9 +67,11 @@ class AdapterReader:
         with _told_of(digest):
             config = _read(path, CONFIG_FILE, MAX_CONFIG_BYTES)
             plan = self._plan(config)
-            with _tensor_file(path) as file:
+            file = _tensor_file(path)
+        with file:
+            with _told_of(digest):
                 matrices = self._matrices(file.tensors, plan)
-                yield OpenAdapter(digest, hashlib.sha256(config).hexdigest(), len(config), file, plan.layout, matrices)
+            yield OpenAdapter(digest, hashlib.sha256(config).hexdigest(), len(config), file, plan.layout, matrices)
 
     def read(self, digest: str, path: str) -> Adapter:
         """The adapter in directory `path`, on the host; raises what `open` does."""
@@ -159,12 +161,13 @@ class OpenAdapter:
     def read(self) -> Adapter:
         """The adapter, on the host. Raises what `AdapterReader.open` does."""
         block = self._layout.allocate()
-        for matrix in self._matrices:  # in the order of the file, so that its bytes are hashed as they come
-            self._layout.write(block, matrix.module, matrix.side, self._file.read(matrix.tensor))
-        self._check_digest()
-        # Checked after the conversion: a large fp32 number may be infinite in fp16.
-        if not all(_finite(part) for part in block.split(_CHECKED_ELEMENTS)):
-            self._refuse_numbers(block)
+        with _told_of(self.digest):
+            for matrix in self._matrices:  # in the order of the file, so that its bytes are hashed as they come
+                self._layout.write(block, matrix.module, matrix.side, self._file.read(matrix.tensor))
+            self._check_digest()
+            # Checked after the conversion: a large fp32 number may be infinite in fp16.
+            if not all(_finite(part) for part in block.split(_CHECKED_ELEMENTS)):
+                self._refuse_numbers(block)
         return Adapter(self.digest, self._layout, block)
 
     def _check_digest(self) -> None:
