@@ -286,7 +286,7 @@ def test_a_source_rewritten_during_its_copy_is_not_taken(ingester, good, tmp_pat
     assert rewritten
     assert (result.status, result.reason) == (
         "failed",
-        "[UNAVAILABLE] its files changed while they were copied; add it again when they are complete",
+        "its files changed while they were copied; add it again when they are complete",
     )
     assert [entry.name for entry in (tmp_path / "state" / "adapters").iterdir()] == [".lock"]
     assert ingester.bring_in(IngestJob("poet", str(source))).reason.endswith("holds NaN or Inf")
@@ -314,7 +314,9 @@ def test_what_was_rewritten_in_the_cache_is_never_used_and_made_again(
     written.write_bytes(content)
     written.replace(cached / name)
     os.utime(cached)  # as if it had been used
-    with pytest.raises(AdapterInvalid, match="its files in the cache are not the ones that were checked"):
+    # A configuration that is none any more is not compared first.
+    refused = "its files in the cache are not the ones that were checked|adapter_config.json is not JSON"
+    with pytest.raises(AdapterInvalid, match=refused):
         peft.reader.read(result.digest, str(cached))
     assert ingester.bring_in(IngestJob("poet", str(good))) == msgspec.structs.replace(result, change="unchanged")
     peft.reader.read(result.digest, str(cached))
