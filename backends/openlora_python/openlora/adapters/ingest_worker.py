@@ -92,9 +92,11 @@ class Ingester:
 
         Raises:
             UnsupportedModel: the base model can't be checked against.
-            InvalidArgument: its name is a group's.
         """
-        self._catalog.check_free(job.name)
+        try:
+            self._catalog.check_free(job.name)
+        except InvalidArgument as error:
+            return IngestResult(job.name, "failed", reason=error.message)
         found = AdapterRecord(
             job.name, 0, "", 0, "ready", "", None, base=self._base.digest, source=job.source, origin=job.origin
         )
@@ -196,8 +198,6 @@ def main() -> None:
             report(Started(job.name))
             try:
                 report(ingester.bring_in(job))
-            except InvalidArgument as error:
-                report(IngestResult(job.name, "failed", reason=error.message))
             except OpenLoRAError as error:
                 report(Fatal(str(error)))
                 return
