@@ -24,13 +24,6 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS base (
     id INTEGER PRIMARY KEY CHECK (id = 1), path TEXT NOT NULL, digest TEXT NOT NULL, max_rank INTEGER NOT NULL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS adapters (
-    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, base TEXT NOT NULL, rank INTEGER NOT NULL,
-    target_modules TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('ready', 'quarantined')),
-    reason TEXT NOT NULL, card TEXT, source TEXT NOT NULL, origin TEXT NOT NULL, source_state TEXT NOT NULL,
-    added_at INTEGER NOT NULL, removed_at INTEGER,
-    PRIMARY KEY (name, version)
-) STRICT;
 CREATE TABLE IF NOT EXISTS adapter_groups (
     name TEXT PRIMARY KEY, targets TEXT NOT NULL, skip_unready INTEGER NOT NULL, changed_at INTEGER NOT NULL
 ) STRICT;
@@ -38,6 +31,13 @@ CREATE TABLE IF NOT EXISTS adapter_tasks (
     task TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (task, name)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS task_preferences (task TEXT PRIMARY KEY, adapter TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS adapters (
+    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, base TEXT NOT NULL, rank INTEGER NOT NULL,
+    target_modules TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('ready', 'quarantined')),
+    reason TEXT NOT NULL, card TEXT, source TEXT NOT NULL, origin TEXT NOT NULL, source_state TEXT NOT NULL,
+    added_at INTEGER NOT NULL, removed_at INTEGER,
+    PRIMARY KEY (name, version)
+) STRICT;
 """
 
 Status = Literal["ready", "quarantined"]
@@ -122,12 +122,8 @@ class Catalog:
 
         The bytes that a name already means keep their version (their card, status or base may change); others become
         its next version.
-
-        Raises:
-            InvalidArgument: the name is a group's.
         """
         with self._transaction():
-            self.check_free(record.name)
             active = _records(self._connection, name=record.name)
             candidates = active[-1:] + [old for old in active if record.origin and old.origin == record.origin][-1:]
             same = next((old for old in candidates if old.digest == record.digest), None)
@@ -171,6 +167,8 @@ class Catalog:
         return _records(self._connection, origin=origin)
 
     def _write(self, record: AdapterRecord) -> None:
+        """Raises InvalidArgument when the name is a group's."""
+        self.check_free(record.name)
         self._connection.execute(
             "INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
             (
