@@ -126,6 +126,10 @@ def test_the_gateway_lists_groups_and_takes_them_as_models(live: LiveServer, tex
     assert set(listed({})) == {"base", "v1", "v2", "canary"}
     mine = listed({"authorization": f"Bearer {ALICE_KEY}"})
     assert set(mine) == {"base", "v1", "v2", "secret", "canary", "hidden"}
+    for name, seen in (("canary", 200), ("hidden", 404), ("v1", 200), ("nobody", 404)):
+        found = httpx.get(f"{live.gateway_url}/v1/models/{name}")
+        assert found.status_code == seen
+        assert seen == 404 or found.json() == mine[name]
     assert (mine["canary"]["parent"], mine["canary"]["root"]) == ("base", "model")
     with openai.OpenAI(base_url=f"{live.gateway_url}/v1", api_key=ALICE_KEY, max_retries=0) as gateway:
 

@@ -13,13 +13,14 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from openlora.config import RunConfig
-from openlora.errors import Unavailable
+from openlora.errors import AdapterNotFound, Unavailable
 from openlora.serving.access import ANONYMOUS, AccessPolicy
 from openlora.serving.signed_login import is_login_token
 from openlora_client import AsyncOpenLoRAClient
 
 from .chat import ChatTemplate
 from .errors import add_error_handlers
+from .groups import GroupList
 from .models import ModelList
 from .schemas import ChatBody, CompletionBody, GenerationBody
 from .shapes import ChatShape, CompletionShape, Shape
@@ -44,6 +45,7 @@ def create_app(run: RunConfig) -> FastAPI:
     host = _ANY_ADDRESS.get(settings.host, settings.host)
     policy = AccessPolicy(run)
     models = ModelList(run, policy)
+    groups = GroupList(run)
     template = ChatTemplate(run.base.path, run.base.max_model_len, settings.limits.max_tokens)
     client = AsyncOpenLoRAClient(f"{host}:{settings.grpc_port}")
     health = httpx.AsyncClient(base_url=f"http://{host}:{settings.health_port}", timeout=READY_SECONDS, trust_env=False)
@@ -87,11 +89,19 @@ def create_app(run: RunConfig) -> FastAPI:
 
     @app.get("/v1/models")
     async def list_models(who: Annotated[Caller, Depends(caller)]) -> dict[str, Any]:
-        return {"object": "list", "data": models.entries(who.name)}
+        entries = models.entries(who.name)
+        usable = {entry["id"] for entry in entries}
+        return {"object": "list", "data": entries + groups.entries(usable.__contains__)}
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str, who: Annotated[Caller, Depends(caller)]) -> dict[str, Any]:
-        return models.entry(who.name, name)
+        def may_use(adapter: str) -> bool:
+            try:
+                return bool(models.entry(who.name, adapter))
+            except AdapterNotFound:
+                return False
+
+        return groups.entry(name, may_use) or models.entry(who.name, name)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request, body: CompletionBody, who: Annotated[Caller, Depends(caller)]) -> Response:

@@ -24,14 +24,6 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS base (
     id INTEGER PRIMARY KEY CHECK (id = 1), path TEXT NOT NULL, digest TEXT NOT NULL, max_rank INTEGER NOT NULL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS adapters (
-    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, base TEXT NOT NULL, rank INTEGER NOT NULL,
-    target_modules TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('ready', 'quarantined')),
-    reason TEXT NOT NULL, card TEXT, source TEXT NOT NULL, origin TEXT NOT NULL, source_state TEXT NOT NULL,
-    added_at INTEGER NOT NULL, removed_at INTEGER,
-    PRIMARY KEY (name, version)
-) STRICT;
-CREATE INDEX IF NOT EXISTS adapters_by_digest ON adapters (name, digest);
 CREATE TABLE IF NOT EXISTS names (
     name TEXT PRIMARY KEY, current INTEGER NOT NULL, pinned INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1))
 ) STRICT, WITHOUT ROWID;
@@ -42,6 +34,14 @@ CREATE TABLE IF NOT EXISTS adapter_tasks (
     task TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (task, name)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS task_preferences (task TEXT PRIMARY KEY, adapter TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS adapters (
+    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, base TEXT NOT NULL, rank INTEGER NOT NULL,
+    target_modules TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('ready', 'quarantined')),
+    reason TEXT NOT NULL, card TEXT, source TEXT NOT NULL, origin TEXT NOT NULL, source_state TEXT NOT NULL,
+    added_at INTEGER NOT NULL, removed_at INTEGER,
+    PRIMARY KEY (name, version)
+) STRICT;
+CREATE INDEX IF NOT EXISTS adapters_by_digest ON adapters (name, digest);
 """
 
 Change = Literal["added", "updated", "unchanged"]
@@ -120,7 +120,6 @@ class Catalog:
             InvalidArgument: the name is a group's.
         """
         with self._transaction():
-            self.check_free(record.name)
             same = self._same(record)
             if same is None:
                 (last,) = self._connection.execute(
@@ -237,6 +236,8 @@ class Catalog:
         return select(self._connection, "TRUE", ())
 
     def _write(self, record: AdapterRecord) -> None:
+        """Raises InvalidArgument when the name is a group's."""
+        self.check_free(record.name)
         self._connection.execute(
             "INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
             (

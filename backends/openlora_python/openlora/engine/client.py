@@ -30,20 +30,25 @@ class Receiver(Protocol):
 class EngineClient:
     """Lives on one asyncio loop. Outputs go to their receivers as they come; a dead engine aborts all of them.
 
-    `end_of_step` is called when everything that one message brought was handed out, on the loop; it must neither block
-    nor raise.
+    `end_of_step` is called when everything that one message brought was handed out, `take_stats` with the engine's
+    statistics every second or so. Both on the loop; they must neither block nor raise.
     """
 
-    def __init__(self, address: str, end_of_step: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        end_of_step: Callable[[], None],
+        take_stats: Callable[[EngineStats], None] = lambda stats: None,
+    ) -> None:
         self._address = address
         self._end_of_step = end_of_step
+        self._take_stats = take_stats
         self._context = zmq.asyncio.Context()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToClient)
         self._socket: zmq.asyncio.Socket | None = None
         self._receivers: dict[str, Receiver] = {}
         self.info: EngineInfo | None = None
-        self.stats: EngineStats | None = None  # what the engine said last, a second ago or so
 
     async def run(self) -> None:
         """Keep a connection to the engine of the moment, for ever."""
@@ -80,7 +85,7 @@ class EngineClient:
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-            self._socket = self.info = self.stats = None
+            self._socket = self.info = None
             for receiver in self._receivers.values():
                 receiver.abort(EngineRestarted("the engine died while this request ran", retry_after_ms=RETRY_AFTER_MS))
             for task in (reading, ended):
@@ -97,7 +102,7 @@ class EngineClient:
                         receiver.take(output)
                 self._end_of_step()
             elif isinstance(message, Figures):
-                self.stats = message.stats
+                self._take_stats(message.stats)
 
     def require(self) -> EngineInfo:
         """The facts of the engine that answers now.

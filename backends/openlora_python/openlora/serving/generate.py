@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from ..attribution.journal import Journal
 from ..config import RunConfig
+from ..engine.api import EngineInfo, EngineStats
 from ..engine.client import EngineClient
 from ..errors import (
     Internal,
@@ -61,6 +62,7 @@ class GenerationStep:
         self._accepted: dict[str, float] = {}
         self._metrics = ServingMetrics(registry, run.settings.metrics.adapter_labels)
         self._engine_metrics = EngineMetrics(registry)
+        self._stats: tuple[EngineInfo | None, EngineStats] | None = None  # what an engine said last, and which one
         self._capacity = run.settings.engine.max_batch + run.settings.engine.max_waiting
         self._log_fault = ""  # why attribution can't write receipts, if so
         self._ledger_keeper = LedgerKeeper(run.quota_path, run.journal_dir)
@@ -70,7 +72,7 @@ class GenerationStep:
         self._loop = asyncio.new_event_loop()
         limits = run.settings.limits
         self._pacer = Pacer(self._loop, self._journal, limits.coalesce_above, limits.coalesce_ms / 1000)
-        self._engine = EngineClient(run.socket("engine"), self._pacer.end_of_step)
+        self._engine = EngineClient(run.socket("engine"), self._pacer.end_of_step, self._take_stats)
         self._thread = threading.Thread(target=self._run_loop, name="generation", daemon=True)
         self._thread.start()
 
@@ -224,10 +226,15 @@ class GenerationStep:
             await asyncio.sleep(SAVE_SECONDS)
             await self._loop.run_in_executor(None, self._ledger_keeper.save)
 
+    def _take_stats(self, stats: EngineStats) -> None:
+        self._stats = (self._engine.info, stats)
+
     async def _publish(self) -> None:
         while True:  # not on the loop: each change is a round trip to tritonserver
             await self._loop.run_in_executor(None, self._metrics.publish)
-            await self._loop.run_in_executor(None, self._engine_metrics.publish, self._engine.stats)
+            said_by, stats = self._stats or (None, None)
+            engine = stats if said_by is self._engine.info else None
+            await self._loop.run_in_executor(None, self._engine_metrics.publish, engine)
             await asyncio.sleep(METRICS_SECONDS)
 
     def _journal_failed(self, error: BaseException) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,10 @@ class ResolverStep:
         self._refuse_unsupported(inputs)
         sampling = self._sampling(inputs, parameters)
         key = _routing_key(caller, label, sampling.routing_key)
-        pin = partial(self._pinned, caller)
-        records = [(spec, self._router.pin(spec, key, pin)) for spec in self._asked_for(inputs, sampling)]
+        records = [
+            (spec, self._router.pin(spec, key, lambda named: self._pinned(caller, named)))
+            for spec in self._asked_for(inputs, sampling)
+        ]
         digests = [record.digest for _, record in records]
         if len(set(digests)) != len(digests):
             raise InvalidArgument("two of the names are the same adapter", field="adapters")
