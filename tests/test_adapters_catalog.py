@@ -274,7 +274,12 @@ def test_a_directorys_adapter_and_one_added_by_hand_do_not_fight(catalog, reader
     assert reader.lookup("poet").digest == "2" * 64
     assert catalog.current("poet", "/adapters").version == 1
     assert catalog.current("poet", "").version == 2
-    assert [record.version for record in catalog.from_origin("/adapters")] == [1]
+    catalog.put(a_record("cook"))
+    assert [(record.name, record.version) for record in catalog.current_of_all("/adapters")] == [
+        ("cook", 1),
+        ("poet", 1),
+    ]
+    assert [(record.name, record.version) for record in catalog.current_of_all("")] == [("cook", 1), ("poet", 2)]
 
 
 def test_an_open_reader_sees_another_process_write(path, catalog, reader):

@@ -100,15 +100,14 @@ class Catalog:
         mine = self._newest("n.name = ? AND a.origin = ?", name, origin) if origin else None
         return mine or self._newest("n.name = ? AND a.version = n.current", name)
 
-    def current_of_all(self, origin: str) -> dict[str, AdapterRecord]:
-        """`current` of every name, by name."""
-        records = select(
+    def current_of_all(self, origin: str) -> Iterator[AdapterRecord]:
+        """`current` of every name, one after the other."""
+        return select(
             self._connection,
             "a.version = coalesce((SELECT max(mine.version) FROM adapters AS mine "
             "WHERE mine.name = n.name AND mine.origin = ? AND mine.removed_at IS NULL), n.current)",
             (origin,),
         )
-        return {record.name: record for record in records}
 
     def put(self, record: AdapterRecord) -> tuple[AdapterRecord, Change]:
         """Store what was found; `record.version` is ignored.
@@ -191,7 +190,15 @@ class Catalog:
     def remove_absent(self, origin: str, present: Collection[str]) -> list[AdapterRecord]:
         """Mark removed what came from `origin` under other names than `present`; what that was."""
         with self._transaction():
-            gone = [record for record in self.from_origin(origin) if record.name not in present]
+            names = self._connection.execute(
+                "SELECT DISTINCT name FROM adapters WHERE origin = ? AND removed_at IS NULL ORDER BY name", (origin,)
+            ).fetchall()
+            gone = [
+                record
+                for (name,) in names
+                if name not in present
+                for record in select(self._connection, "n.name = ? AND a.origin = ?", (name, origin))
+            ]
             self._remove(gone)
         return gone
 
@@ -199,9 +206,6 @@ class Catalog:
         """Raises InvalidArgument when `openlora routes` gave this name to a group: no adapter can have it then."""
         if self._connection.execute("SELECT 1 FROM adapter_groups WHERE name = ?", (name,)).fetchone():
             raise InvalidArgument(f"{name!r} is a group of adapters, see `openlora routes list`", field="name")
-
-    def from_origin(self, origin: str) -> list[AdapterRecord]:
-        return select(self._connection, "a.origin = ?", (origin,))
 
     def _same(self, record: AdapterRecord) -> AdapterRecord | None:
         """The version with the bytes of `record`, if its name means them.
@@ -215,8 +219,7 @@ class Catalog:
         return next((old for old in candidates if old is not None and old.digest == record.digest), None)
 
     def _newest(self, condition: str, *values: str) -> AdapterRecord | None:
-        found = select(self._connection, condition, values, tail="ORDER BY a.version DESC LIMIT 1")
-        return found[0] if found else None
+        return next(select(self._connection, condition, values, tail="ORDER BY a.version DESC LIMIT 1"), None)
 
     def _remove(self, records: list[AdapterRecord]) -> None:
         now = int(time.time())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -102,10 +102,10 @@ def select(
     condition: str,
     values: Sequence[str | int] = (),
     tail: str = "ORDER BY n.name, a.version",
-) -> list[AdapterRecord]:
-    """As stored: what it was checked against may be another base than today's."""
+) -> Iterator[AdapterRecord]:
+    """One after the other, as stored: what they were checked against may be another base than today's."""
     rows = connection.execute(f"SELECT {COLUMNS} {FROM} WHERE a.removed_at IS NULL AND {condition} {tail}", values)
-    return [_stored(row) for row in rows]
+    return map(_stored, rows)
 
 
 def select_page(connection: sqlite3.Connection, wanted: AdapterFilter, after: str, limit: int | None) -> Page:

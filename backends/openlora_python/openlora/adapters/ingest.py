@@ -96,39 +96,42 @@ def sync_directory(
             raise InvalidArgument(f"{directory} is not a directory", field="adapters")
         origin = directory.resolve()
         with os.scandir(origin) as entries:
-            folders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-        known = catalog.current_of_all(str(origin))
+            folders = {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
         results: list[IngestResult] = []
-        jobs: list[IngestJob] = []
-        for name in folders:
-            result = _without_reading(IngestJob(name, str(origin / name), str(origin)), known.get(name), base, store)
-            if isinstance(result, IngestJob):
-                jobs.append(result)
-                continue
+
+        def conclude(result: IngestResult) -> None:
             results.append(result)
             if progress is not None:
                 progress(result)
+
+        left = set(folders)
+        for known in catalog.current_of_all(str(origin)):
+            if known.name in folders and _is_as_it_was(origin / known.name, known, base, store):
+                left.remove(known.name)
+                conclude(result_of(known, "unchanged"))
+        jobs: list[IngestJob] = []
+        for name in sorted(left):
+            try:
+                check_name(name)
+            except InvalidArgument as error:
+                conclude(IngestResult(name, "failed", reason=error.message))
+            else:
+                jobs.append(IngestJob(name, str(origin / name), str(origin)))
         results += ingest(state_dir, base, jobs, progress)
-        for record in catalog.remove_absent(str(origin), set(folders)):
+        for record in catalog.remove_absent(str(origin), folders):
             results.append(IngestResult(record.name, "removed", record.version, record.digest))
     return results
 
 
-def _without_reading(
-    job: IngestJob, known: AdapterRecord | None, base: BaseFacts, store: AdapterStore
-) -> IngestResult | IngestJob:
-    """The result when names, sizes and times of the files are enough for it, else the job: no file is opened here."""
+def _is_as_it_was(folder: Path, known: AdapterRecord, base: BaseFacts, store: AdapterStore) -> bool:
+    """Whether sizes and times of the files say it all: none is opened here."""
+    if known.status != "ready":
+        return False
     try:
-        check_name(job.name)
-        if known is not None and known.status == "ready":
-            with SourceDirectory(Path(job.source)) as source:
-                if is_unchanged(known, settled_state(source.state()), base, store):
-                    return result_of(known, "unchanged")
-    except InvalidArgument as error:
-        return IngestResult(job.name, "failed", reason=error.message)
+        with SourceDirectory(folder) as source:
+            return is_unchanged(known, settled_state(source.state()), base, store)
     except (AdapterInvalid, OSError):
-        pass  # the worker will meet the same, and says it
-    return job
+        return False  # the worker will meet the same, and says it
 
 
 def job_of(source: str, name: str | None, digest: str = "") -> IngestJob:
