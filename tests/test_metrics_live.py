@@ -125,6 +125,9 @@ def test_the_engines_statistics_come_through(live: LiveServer) -> None:
     assert value(found, "engine_up") == 1
     assert value(found, "engine_kv_blocks") > 0
     assert value(found, "engine_adapters_loaded") >= 1
+    assert value(found, "engine_adapter_loads_total", to="host") == len(NAMES)  # each once, by the test before
+    assert value(found, "engine_adapter_uses_total", tier="disk") >= len(NAMES)
+    assert 0 < value(found, "engine_host_adapter_bytes") <= value(found, "engine_host_adapter_limit_bytes")
     assert value(found, "engine_waiting_requests") == 0
     looked_up = value(found, "engine_prefix_lookup_tokens_total") - value(before, "engine_prefix_lookup_tokens_total")
     assert looked_up == answer.usage.input_tokens

@@ -23,6 +23,10 @@ class EngineMetric(NamedTuple):
         return Family(f"openlora_engine_{self.name}", "counter" if counts else "gauge", self.description)
 
 
+USES = "Adapters of submitted requests, by the tier where they were then"
+LOADS = "Adapters loaded: from disk to host, from host to device"
+LOAD_SECONDS = "Sum of the times that loads took"
+EVICTIONS = "Adapters that gave up their place"
 ENGINE_METRICS = (
     EngineMetric("steps_total", "steps", "Steps of the engine"),
     EngineMetric("running_requests", "running", "Requests with a row in the engine"),
@@ -34,23 +38,20 @@ ENGINE_METRICS = (
     EngineMetric("prefix_lookup_tokens_total", "prefix_lookup_tokens", "Prompt tokens looked up in the prefix cache"),
     EngineMetric("prefix_hit_tokens_total", "prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
     EngineMetric("preemptions_total", "preemptions", "Requests sent back to the queue"),
-    *(
-        EngineMetric(
-            "adapter_hits_total", f"adapters.hits_{tier}", "Where requests found their adapters", (("tier", tier),)
-        )
-        for tier in ("device", "host", "disk")
-    ),
-    EngineMetric("adapter_evictions_total", "adapters.evictions_device", "Adapters put out", (("tier", "device"),)),
-    EngineMetric("adapter_evictions_total", "adapters.evictions_host", "Adapters put out", (("tier", "host"),)),
-    EngineMetric("adapter_loads_total", "adapters.loads", "Adapters read from disk"),
-    EngineMetric("adapter_failed_loads_total", "adapters.failed_loads", "Adapters that could not be read"),
-    EngineMetric("adapter_read_seconds_total", "adapters.read_seconds", "Time spent reading adapters"),
     EngineMetric("adapter_slots", "adapters.slots", "Device slots"),
-    EngineMetric("adapters_in_host_memory", "adapters.host_adapters", "Adapters in host memory"),
-    EngineMetric("adapter_host_bytes", "adapters.host_bytes", "Host memory of adapters, loads in progress included"),
-    EngineMetric(
-        "adapter_host_limit_bytes", "adapters.host_limit_bytes", "The most host memory that adapters may take"
-    ),
+    EngineMetric("host_adapters", "adapters.host_adapters", "Adapters in host memory"),
+    EngineMetric("host_adapter_bytes", "adapters.host_bytes", "Host memory of adapters, loads in progress included"),
+    EngineMetric("host_adapter_limit_bytes", "adapters.host_limit_bytes", "Host memory that adapters may take"),
+    EngineMetric("adapter_uses_total", "adapters.hits_device", USES, (("tier", "device"),)),
+    EngineMetric("adapter_uses_total", "adapters.hits_host", USES, (("tier", "host"),)),
+    EngineMetric("adapter_uses_total", "adapters.hits_disk", USES, (("tier", "disk"),)),
+    EngineMetric("adapter_loads_total", "adapters.loads", LOADS, (("to", "host"),)),
+    EngineMetric("adapter_loads_total", "adapters.placed", LOADS, (("to", "device"),)),
+    EngineMetric("adapter_load_seconds_total", "adapters.read_seconds", LOAD_SECONDS, (("to", "host"),)),
+    EngineMetric("adapter_load_seconds_total", "adapters.place_seconds", LOAD_SECONDS, (("to", "device"),)),
+    EngineMetric("adapter_load_failures_total", "adapters.failed_loads", "Loads from disk that failed"),
+    EngineMetric("adapter_evictions_total", "adapters.evictions_device", EVICTIONS, (("tier", "device"),)),
+    EngineMetric("adapter_evictions_total", "adapters.evictions_host", EVICTIONS, (("tier", "host"),)),
 )
 UP = Family("openlora_engine_up", "gauge", "1 while an engine answers, else 0")
 
