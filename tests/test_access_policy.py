@@ -65,6 +65,19 @@ def test_policies_of_cards(tmp_path: Path) -> None:
     assert not policy.allows("alice", adapter("a", {"policy": "allow-list"}))
 
 
+def test_a_card_that_changes_is_read_again(tmp_path: Path) -> None:
+    policy, record = AccessPolicy(make_run(tmp_path)), adapter("a", {"policy": "allow-list", "callers": ["alice"]})
+    assert (policy.allows("alice", record), policy.allows("bob", record)) == (True, False)
+    for access, expected in [
+        ({"policy": "allow-list", "callers": ["bob"]}, (False, True)),
+        ({"policy": "allow-list", "callers": "bob"}, (False, False)),
+        ({"policy": "open"}, (True, True)),
+    ]:
+        changed = replace(record, card={**CARD, "access": access})
+        assert (policy.allows("alice", changed), policy.allows("bob", changed)) == expected
+        assert (policy.allows("alice", changed), policy.allows("bob", changed)) == expected
+
+
 @pytest.mark.parametrize(
     "access",
     [

@@ -504,7 +504,6 @@ def test_an_adapter_that_can_not_be_read_any_more_keeps_its_access(state, base, 
     card.write_text("{")
     assert add(state, base, source).status == "quarantined"
     assert records(state)[-1].card["access"] == rule
-    card.unlink()
     (source / WEIGHTS).unlink()
     (source / WEIGHTS).symlink_to("/etc/passwd")
     assert add(state, base, source).status == "quarantined"

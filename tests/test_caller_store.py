@@ -9,13 +9,14 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from access_cases import OWNER, SetClock
 
 from openlora.config import UsageLimits
-from openlora.errors import InvalidArgument, OpenLoRAError, Unavailable
+from openlora.errors import InvalidArgument, Unavailable
 from openlora.serving.caller_directory import CallerDirectory
 from openlora.serving.caller_store import KEY_PREFIX, CallerStore, digest_of
 
@@ -181,15 +182,16 @@ def test_another_file_in_its_place_is_noticed(path: Path) -> None:
 
 def test_torn_pages_refuse_everybody(path: Path) -> None:
     with CallerStore(path) as store:
-        keys_made = [store.add_key("alice")[1] for _ in range(200)]
+        keys_made = [store.add_key("alice")[1] for _ in range(20)]
+        store.set_limits("alice", UsageLimits(tokens_per_day=5))
     content = bytearray(path.read_bytes())
     for page in range(1, len(content) // 4096):  # all but the first one, which holds the schema
         content[page * 4096 : page * 4096 + 512] = os.urandom(512)
     path.write_bytes(bytes(content))
     directory = CallerDirectory(path)
-    for api_key in keys_made[::50]:
-        with pytest.raises(OpenLoRAError):
-            owner_of(directory, api_key)
+    for look in (*(partial(owner_of, directory, api_key) for api_key in keys_made), partial(directory.limits, "alice")):
+        with pytest.raises(Unavailable, match="the callers' file can't be read"):
+            look()
 
 
 def test_a_damaged_row_opens_nothing_and_the_others_go_on(path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from ..adapters.catalog import AdapterRecord
 from ..attribution.log_key import load_log_key
@@ -22,6 +23,7 @@ from .signed_login import FIELD, LoginToken, is_login_token, read_token, verify_
 __all__ = ["ANONYMOUS", "AccessPolicy"]
 
 HOLDINGS_MAX_AGE_SECONDS = 600.0
+KEPT_CHECKS = 16_384
 LOG_RETRY_MS = 2000
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,10 @@ class AccessPolicy:
         self._log_id: bytes | None = None
         self._digests = {name: digest.lower() for name, digest in access.callers.items()}
         self._own_limits = {canonical_caller(name): limits for name, limits in access.caller_limits.items()}
-        self._rules = _operators_rules(access)
+        self._operators_checks = {
+            name: check_of(rule, view, HOLDINGS_MAX_AGE_SECONDS) for name, rule in _operators_rules(access).items()
+        }
+        self._card_checks: dict[tuple[str, int], tuple[Any, AccessCheck]] = {}  # with the card's words
 
     def close(self) -> None:
         self._callers.close()
@@ -105,10 +110,19 @@ class AccessPolicy:
         return self._access.adapters.get(name) or UsageLimits()
 
     def _check(self, adapter: AdapterRecord) -> AccessCheck:
-        rule = self._rules.get(adapter.name)
-        if rule is None and adapter.card is not None and adapter.card.get("access") is not None:
-            rule = AccessRule.model_validate(adapter.card["access"])
-        return OpenToAll() if rule is None else check_of(rule, self._view, HOLDINGS_MAX_AGE_SECONDS)
+        if operators := self._operators_checks.get(adapter.name):
+            return operators
+        access = adapter.card.get("access") if adapter.card else None
+        if access is None:
+            return OpenToAll()
+        version = (adapter.name, adapter.version)
+        known = self._card_checks.get(version)
+        if known is None or known[0] != access:  # a card can change: its text is what counts
+            if len(self._card_checks) >= KEPT_CHECKS:
+                self._card_checks.clear()
+            rule = AccessRule.model_validate(access)
+            known = self._card_checks[version] = (access, check_of(rule, self._view, HOLDINGS_MAX_AGE_SECONDS))
+        return known[1]
 
     def _signer(self, token: LoginToken) -> str:
         if self._access.signed_requests == "off":

@@ -1,7 +1,7 @@
 """Callers, their API keys and limits: `callers.sqlite` in the state directory, written by `openlora keys`.
 
-The servers read it whole, and again as soon as another process has changed it: a key that was revoked is refused
-from the next request on. Keys are random, so their SHA-256 is kept and no slow hash is needed.
+Servers see every change at once: a key that was revoked is refused from the next request on. Keys are random,
+so their SHA-256 is kept and no slow hash is needed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ CREATE TABLE IF NOT EXISTS keys (
     created_at INTEGER NOT NULL, expires_at INTEGER, revoked_at INTEGER
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS keys_in_force ON keys (proof) WHERE revoked_at IS NULL;
+CREATE INDEX IF NOT EXISTS keys_by_proof ON keys (proof);
 CREATE TABLE IF NOT EXISTS callers (
     caller TEXT PRIMARY KEY, requests_per_minute INTEGER CHECK (requests_per_minute >= 0),
     tokens_per_day INTEGER CHECK (tokens_per_day >= 0)
