@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from openlora.adapters.catalog import BaseFacts, CatalogReader
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.fetch import FetchArea
-from openlora.adapters.ingest import check_result, fetch_evicted, ingest, job_of
+from openlora.adapters.ingest import ingest
+from openlora.adapters.ingest_jobs import check_result, fetch_evicted, job_of
 from openlora.adapters.ingest_worker import Copied, Downloaded, IngestJob, IngestRequest, IngestResult, Started
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.adapters.sources import SourceLimits, parse_uri

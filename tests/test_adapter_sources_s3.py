@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from openlora.adapters.catalog import BaseFacts
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.fetch import DESCRIPTION_FILE, FetchArea, state_of
-from openlora.adapters.ingest import ingest, job_of
+from openlora.adapters.ingest import ingest
+from openlora.adapters.ingest_jobs import job_of
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.adapters.object_source import ObjectSource
 from openlora.adapters.sources import SourceLimits, parse_uri

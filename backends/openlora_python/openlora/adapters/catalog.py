@@ -154,10 +154,6 @@ class Catalog:
     def from_origin(self, origin: str) -> list[AdapterRecord]:
         return _records(self._connection, origin=origin)
 
-    def active(self) -> list[AdapterRecord]:
-        """All versions that aren't removed, as they were stored."""
-        return _records(self._connection)
-
     def _write(self, record: AdapterRecord) -> None:
         self._connection.execute(
             "INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",

@@ -22,7 +22,7 @@ from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
 from .base_modules import BaseModules, base_modules
 from .cache_quota import evictions, irreplaceable
-from .catalog import AdapterRecord, BaseFacts, Catalog
+from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .sources import SourceLimits, is_uri
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
@@ -141,7 +141,7 @@ class Ingester:
                 found = replace(found, source_state=settled_state(state) if fetched is None else fetched.state)
                 known = self._catalog.current(job.name, job.origin)
                 if known is not None and self.is_current(known, found.source_state, job.digest):
-                    return _result(known, "unchanged")
+                    return result_of(known, "unchanged")
                 card = source.card()
                 made_for = card.pop("base", None) if card else None  # about bytes; the rest of a card is terms
                 found = replace(found, card=card or None)
@@ -163,17 +163,21 @@ class Ingester:
             return IngestResult(job.name, "failed", reason=reason)
         if job.restores:  # its terms are the catalog's, whatever the source says of them now
             return IngestResult(job.name, found.status, job.restores, found.digest, found.rank, "none", found.reason)
-        return _result(*self._catalog.put(found))
+        return result_of(*self._catalog.put(found))
 
     def name_again(self, job: IngestJob, record: AdapterRecord) -> IngestResult:
         """What a remote source held before and still holds, under the name that is asked for now."""
         if job.restores:
             return IngestResult(job.name, "ready", job.restores, record.digest, record.rank)
-        return _result(*self._catalog.put(replace(record, name=job.name, origin=job.origin)))
+        return result_of(*self._catalog.put(replace(record, name=job.name, origin=job.origin)))
+
+    def is_current(self, known: AdapterRecord, source_state: str, digest: str) -> bool:
+        """Whether it would be brought in again in vain; `digest` is the only one that is wanted, if given."""
+        return digest in ("", known.digest) and is_unchanged(known, source_state, self._base, self._store)
 
     def check_room(self, more: int) -> list[str]:
         """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
-        return evictions(self._store.copies(), irreplaceable(self._catalog.active()), more, self._limits)
+        return evictions(self._store.copies(), irreplaceable(known_records(self._state_dir)), more, self._limits)
 
     def _make_room(self, digest: str, size: int) -> None:
         if not self._store.holds(digest):
@@ -181,19 +185,8 @@ class Ingester:
                 self._store.evict(leaving)
 
     @cached_property
-    def modules(self) -> BaseModules:
+    def _modules(self) -> BaseModules:
         return base_modules(Path(self._base.path), self._base.digest, self._state_dir / MODULES_DIRECTORY)
-
-    def is_current(self, known: AdapterRecord, source_state: str, digest: str = "") -> bool:
-        """Whether `known` was made of a source in this state, and is as good as a new copy (with that digest)."""
-        return (
-            known.status == "ready"
-            and digest in ("", known.digest)
-            and known.source_state == source_state != ""
-            and known.base == self._base.digest
-            and known.rank <= self._base.max_rank
-            and self._store.holds(known.digest)
-        )
 
     def _copy(self, name: str, source: SourceDirectory, state: dict[str, list[int]], incoming: Incoming) -> None:
         total = sum(state[file][0] for file in (CONFIG_FILE, WEIGHTS_FILE) if file in state)
@@ -211,11 +204,11 @@ class Ingester:
     @property
     def largest_weights(self) -> int:
         """Bytes of a weights file that could be an adapter of the base model."""
-        return self.modules.largest_adapter_bytes(self._base.max_rank) + MAX_HEADER_BYTES
+        return self._modules.largest_adapter_bytes(self._base.max_rank) + MAX_HEADER_BYTES
 
     def _validated(self, name: str, directory: Path, made_for: str | None) -> AdapterFacts:
         size = os.path.getsize(directory / WEIGHTS_FILE)
-        modules = self.modules
+        modules = self._modules
         with _cpu_limit(CPU_SECONDS + size * CPU_SECONDS_PER_BYTE):
             return validate_adapter(name, directory, made_for, modules, self._base.digest, self._base.max_rank)
 
@@ -229,8 +222,28 @@ def _check_card(card: dict[str, Any] | None) -> None:
         raise AdapterInvalid(f"openlora.json: {error.field}: {error.message}") from error
 
 
-def _result(record: AdapterRecord, change: Literal["added", "updated", "unchanged"]) -> IngestResult:
+def is_unchanged(known: AdapterRecord, source_state: str, base: BaseFacts, store: AdapterStore) -> bool:
+    """Whether the files that `source_state` tells of would only become what the catalog knows already."""
+    return (
+        known.status == "ready"
+        and known.source_state == source_state != ""
+        and known.base == base.digest
+        and known.rank <= base.max_rank
+        and store.holds(known.digest)
+    )
+
+
+def result_of(record: AdapterRecord, change: Literal["added", "updated", "unchanged"]) -> IngestResult:
     return IngestResult(record.name, record.status, record.version, record.digest, record.rank, change, record.reason)
+
+
+def known_records(state_dir: Path) -> list[AdapterRecord]:
+    """All versions in the catalog that aren't removed."""
+    reader = CatalogReader(state_dir / CATALOG_FILE)
+    try:
+        return reader.records()
+    finally:
+        reader.close()
 
 
 @contextmanager
@@ -268,7 +281,7 @@ def main() -> None:
             if remote:
                 from .remote_ingest import bring_in_remote
 
-                bring_in_remote(remote, ingester, store, catalog, request.limits, report)
+                bring_in_remote(remote, ingester, store, state_dir, request.limits, report)
         except OpenLoRAError as error:
             report(Fatal(str(error)))
 
