@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from openlora.adapters.catalog import BaseFacts, CatalogReader
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.fetch import FetchArea
-from openlora.adapters.ingest import check_result, fetch_evicted, ingest, job_of
+from openlora.adapters.ingest import ingest
+from openlora.adapters.ingest_jobs import check_result, fetch_evicted, job_of
 from openlora.adapters.ingest_worker import Copied, Downloaded, IngestJob, IngestRequest, IngestResult, Started
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.adapters.sources import SourceLimits, parse_uri
@@ -104,6 +105,19 @@ def add(state, base, source, place="poet", limits=QUICK, digest="", name=None):
     return result
 
 
+def copies_of(folder, source, marks):
+    """A place with the same adapter for each of `marks`."""
+    places = {mark: f"copy{number}" for number, mark in enumerate(marks)}
+    for place in places.values():
+        serve(source, folder, place)
+    return places
+
+
+def add_all(state, base, source, places):
+    """In one worker, because it is the worker's start that takes the time."""
+    return ingest(state, base, [job_of(f"{source.url}/{place}", None) for place in places], limits=QUICK)
+
+
 def records(state):
     reader = CatalogReader(state / "catalog.sqlite")
     try:
@@ -173,17 +187,20 @@ def test_the_same_again_is_not_downloaded_and_another_name_gets_its_own_version(
     assert len(http.asked("GET", WEIGHTS)) == 2
 
 
-@pytest.mark.parametrize("tenths", range(1, 10))
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-def test_a_connection_cut_at_every_tenth_is_continued(state, base, http, poet, tenths, reset):
-    at = len(weights(http)) * tenths // 10
-    http.fail(f"/poet/{WEIGHTS}", Fault(cut_at=at, reset=reset))
-    arrived(state, add(state, base, http), poet)
-    first, second = http.asked("GET", WEIGHTS)
-    assert "range" not in first
-    if not reset:  # a reset may take back what was sent
-        assert second["range"] == f"bytes={at}-"
-        assert http.sent == sum(len(content) for path, content in http.files.items() if path.startswith("/poet/"))
+def test_a_connection_cut_at_every_tenth_is_continued(state, base, http, poet, pristine, reset):
+    places = copies_of(pristine / "poet", http, range(1, 10))
+    cuts = {place: len(weights(http)) * tenths // 10 for tenths, place in places.items()}
+    for place, at in cuts.items():
+        http.fail(f"/{place}/{WEIGHTS}", Fault(cut_at=at, reset=reset))
+    for result in add_all(state, base, http, cuts):
+        arrived(state, result, poet)
+    for place, at in cuts.items():
+        first, second = http.asked("GET", f"/{place}/{WEIGHTS}")
+        assert "range" not in first
+        assert reset or second["range"] == f"bytes={at}-"  # a reset may take back what was sent
+    if not reset:  # every byte once
+        assert http.sent == sum(len(content) for path, content in http.files.items() if path.split("/")[1] in cuts)
 
 
 def test_nine_cuts_in_one_download_are_more_than_its_attempts_but_each_brings_it_further(state, base, http, poet):
@@ -269,48 +286,56 @@ def touched(source, number):
     source.files[f"/poet/{CONFIG}"] += b" " * (number % 7 + 1)
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 429, 408])
-def test_server_errors_are_retried(state, base, http, poet, status):
-    for name in (WEIGHTS, CONFIG):
-        http.fail(f"/poet/{name}", Fault(status=status), Fault(status=status), methods=("HEAD", "GET"))
-    arrived(state, add(state, base, http), poet)
+def test_server_errors_are_retried(state, base, http, poet, pristine):
+    places = copies_of(pristine / "poet", http, [500, 502, 503, 429, 408])
+    for status, place in places.items():
+        for name in (WEIGHTS, CONFIG):
+            http.fail(f"/{place}/{name}", Fault(status=status), Fault(status=status), methods=("HEAD", "GET"))
+    for result in add_all(state, base, http, places.values()):
+        arrived(state, result, poet)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_server_errors_for_ever_end_in_an_error(state, base, http, name, method):
-    http.fail(f"/poet/{name}", Fault(status=503, headers={"Retry-After": "0"}), methods=(method,), for_ever=True)
-    result = add(state, base, http)
-    failed(state, result, f"{http.url}/poet/{name}: 503 Service Unavailable, 3 times")
-    assert len(http.asked(method, name)) == QUICK.attempts
+def test_server_errors_for_ever_end_in_an_error(state, base, http, pristine):
+    places = copies_of(pristine / "poet", http, [(how, name) for how in ("HEAD", "GET") for name in (WEIGHTS, CONFIG)])
+    for (method, name), place in places.items():
+        unwell = Fault(status=503, headers={"Retry-After": "0"})
+        http.fail(f"/{place}/{name}", unwell, methods=(method,), for_ever=True)
+    for result, ((method, name), place) in zip(
+        add_all(state, base, http, places.values()), places.items(), strict=True
+    ):
+        failed(state, result, f"{http.url}/{place}/{name}: 503 Service Unavailable, 3 times")
+        assert len(http.asked(method, f"/{place}/{name}")) == QUICK.attempts
     http.faults.clear()
-    assert add(state, base, http).status == "ready"
+    assert {result.status for result in add_all(state, base, http, places.values())} == {"ready"}
     assert left_over(state) == []
 
 
-@pytest.mark.parametrize(
-    ("status", "said", "outcome"),
-    [
-        (404, f"{WEIGHTS} is missing at ", "quarantined"),
-        (410, f"{WEIGHTS} is missing at ", "quarantined"),
-        (401, "access denied (401 Unauthorized)", "failed"),
-        (403, "access denied (403 Forbidden)", "failed"),
-        (418, "418", "quarantined"),
-        (304, "304", "quarantined"),
-    ],
-)
-def test_what_no_retry_would_change_is_not_retried(state, base, http, status, said, outcome):
-    http.fail(f"/poet/{WEIGHTS}", Fault(status=status), methods=("HEAD", "GET"), for_ever=True)
-    failed_clean(state, add(state, base, http), said, outcome)
-    assert len(http.asked("HEAD", WEIGHTS)) == 1
-    assert len(http.asked("GET", WEIGHTS)) == (1 if status == 403 else 0)  # URLs signed for GET answer HEAD so
+def test_what_no_retry_would_change_is_not_retried(state, base, http, pristine):
+    expected = {
+        404: (f"{WEIGHTS} is missing at ", "quarantined"),
+        410: (f"{WEIGHTS} is missing at ", "quarantined"),
+        401: ("access denied (401 Unauthorized)", "failed"),
+        403: ("access denied (403 Forbidden)", "failed"),
+        418: ("418", "quarantined"),
+        304: ("304", "quarantined"),
+    }
+    places = copies_of(pristine / "poet", http, expected)
+    for status, place in places.items():
+        http.fail(f"/{place}/{WEIGHTS}", Fault(status=status), methods=("HEAD", "GET"), for_ever=True)
+    for result, (status, place) in zip(add_all(state, base, http, places.values()), places.items(), strict=True):
+        failed_clean(state, result, *expected[status])
+        assert len(http.asked("HEAD", f"/{place}/{WEIGHTS}")) == 1
+        # URLs that are signed for GET answer HEAD with 403
+        assert len(http.asked("GET", f"/{place}/{WEIGHTS}")) == (1 if status == 403 else 0)
 
 
-@pytest.mark.parametrize("status", [403, 405, 501])
-def test_servers_that_know_no_head_are_asked_by_get(state, base, http, poet, status):
-    for name in (WEIGHTS, CONFIG):
-        http.fail(f"/poet/{name}", Fault(status=status), methods=("HEAD",), for_ever=True)
-    arrived(state, add(state, base, http), poet)
+def test_servers_that_know_no_head_are_asked_by_get(state, base, http, poet, pristine):
+    places = copies_of(pristine / "poet", http, [403, 405, 501])
+    for status, place in places.items():
+        for name in (WEIGHTS, CONFIG):
+            http.fail(f"/{place}/{name}", Fault(status=status), methods=("HEAD",), for_ever=True)
+    for result in add_all(state, base, http, places.values()):
+        arrived(state, result, poet)
 
 
 def test_a_stalled_server_is_left_and_the_rest_is_asked_for_again(state, base, http, poet):
@@ -374,12 +399,15 @@ def test_a_compressed_answer_is_refused(state, base, http):
     failed_clean(state, add(state, base, http), "is sent as gzip, plain bytes were asked for", "quarantined")
 
 
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/", "s3://b/k"])
-def test_redirects_to_other_schemes_are_not_followed(state, base, http, target):
-    moved = Fault(status=302, headers={"Location": target})
-    http.fail(f"/poet/{CONFIG}", moved, methods=("HEAD", "GET"), for_ever=True)
-    reason = f"redirected to {target.partition(':')[0]}://, which isn't followed"
-    failed_clean(state, add(state, base, http), reason, "quarantined")
+def test_redirects_to_other_schemes_are_not_followed(state, base, http, pristine):
+    targets = ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/", "s3://b/k"]
+    places = copies_of(pristine / "poet", http, targets)
+    for target, place in places.items():
+        moved = Fault(status=302, headers={"Location": target})
+        http.fail(f"/{place}/{CONFIG}", moved, methods=("HEAD", "GET"), for_ever=True)
+    for result, target in zip(add_all(state, base, http, places.values()), targets, strict=True):
+        reason = f"redirected to {target.partition(':')[0]}://, which isn't followed"
+        failed_clean(state, result, reason, "quarantined")
 
 
 def test_redirect_loops_end(state, base, http):
@@ -536,7 +564,7 @@ def test_two_commands_for_one_source_download_it_once(state, base, http, poet):
 
 
 def test_one_command_downloads_several_beside_each_other_within_bounds(state, base, http, pristine):
-    """Of five, exactly two at a time: each waits for a second one before it is answered."""
+    """Of four, exactly two at a time: each waits for a second one before it is answered."""
     pair = threading.Barrier(2)
     at_once, most, lock = [0], [0], threading.Lock()
 
@@ -548,10 +576,9 @@ def test_one_command_downloads_several_beside_each_other_within_bounds(state, ba
         with lock:
             at_once[0] -= 1
 
-    places = [f"poet{number}" for number in range(4)]
+    places = list(copies_of(pristine / "poet", http, range(4)).values())
     for place in places:
-        serve(http, pristine / "poet", place)
-        http.faults["GET", f"/{place}/{WEIGHTS}"] = [Fault(before=meet)]
+        http.fail(f"/{place}/{WEIGHTS}", Fault(before=meet))
     jobs = [job_of(f"{http.url}/{place}", None) for place in places]
     results = ingest(state, base, jobs, limits=replace(QUICK, parallel=2))
     assert [(result.name, result.status) for result in results] == [(place, "ready") for place in places]

@@ -9,7 +9,8 @@ from scripted_source import Fault, ScriptedSource
 from tiny_models import make_adapter, make_model
 
 from openlora.adapters.catalog import BaseFacts
-from openlora.adapters.ingest import ingest, job_of
+from openlora.adapters.ingest import ingest
+from openlora.adapters.ingest_jobs import job_of
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.adapters.sources import SourceLimits
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from openlora.adapters.cache_quota import evictions, irreplaceable
 from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog
 from openlora.adapters.commands import adapters_app
-from openlora.adapters.ingest import check_result, ingest, job_of
+from openlora.adapters.ingest import ingest
+from openlora.adapters.ingest_jobs import check_result, job_of
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.adapters.sources import SourceLimits
 from openlora.adapters.store import CachedCopy, mark_used
@@ -63,7 +64,7 @@ def test_what_only_this_machine_has_is_irreplaceable():
         replace(remote, digest="ee"),
         replace(remote, digest="ee", name="e", source="/models/e"),
     ]
-    assert irreplaceable(records) == {"bb", "cc", "ee"}
+    assert irreplaceable(records) == {"bb", "cc", "dd", "ee"}
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,11 @@ from .store import CachedCopy
 
 
 def irreplaceable(records: Iterable[AdapterRecord]) -> set[str]:
-    """Digests that a ready version needs and no remote source could bring again: local ones, and merges."""
-    return {record.digest for record in records if record.status == "ready" and not is_uri(record.source)}
+    """Digests that a version needs and no remote source could bring again: local ones, and merges.
+
+    Quarantined ones too: another base model may make them ready.
+    """
+    return {record.digest for record in records if not is_uri(record.source)}
 
 
 def evictions(

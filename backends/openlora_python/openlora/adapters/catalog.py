@@ -234,10 +234,6 @@ class Catalog:
             elif self.current(name, "") is None:
                 self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (newest.version, name))
 
-    def active(self) -> list[AdapterRecord]:
-        """All versions that aren't removed, as they were stored."""
-        return select(self._connection, "TRUE", ())
-
     def _write(self, record: AdapterRecord) -> None:
         """Raises InvalidArgument when the name is a group's."""
         self.check_free(record.name)

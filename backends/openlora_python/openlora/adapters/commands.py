@@ -21,7 +21,8 @@ from ..config import EngineSettings
 from ..errors import AdapterNotFound, InvalidArgument, OpenLoRAError
 from ..serving.adapter_spec import AdapterSpec, parse_adapters
 from .catalog import AdapterFilter, AdapterRecord, BaseFacts, Catalog, CatalogReader
-from .ingest import check_result, fetch_evicted, ingest, job_of
+from .ingest import ingest
+from .ingest_jobs import check_result, fetch_evicted, job_of
 from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Copied, Downloaded, Event, IngestResult
 from .lora_config import parse_object
 from .manifest import model_manifest

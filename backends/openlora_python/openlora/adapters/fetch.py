@@ -112,7 +112,7 @@ class Wanted:
     """
 
     largest: Mapping[str, int]
-    room: Callable[[int], None]
+    room: Callable[[int], object]
     known: Callable[[str], Result | None]
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import AdapterInvalid, AdapterNotFound, Internal, InvalidArgument, Unavailable
+from ..errors import AdapterInvalid, Internal, InvalidArgument
 from .catalog import AdapterRecord, BaseFacts, Catalog, check_name
 from .ingest_worker import (
     CACHE_DIRECTORY,
@@ -20,11 +19,9 @@ from .ingest_worker import (
     is_unchanged,
     result_of,
 )
-from .sources import SourceLimits, is_uri, parse_uri
+from .sources import SourceLimits
 from .store import AdapterStore, SourceDirectory, settled_state
 from .worker_process import run_worker
-
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Progress = Callable[[Event], None]
 
@@ -132,50 +129,6 @@ def _is_as_it_was(folder: Path, known: AdapterRecord, base: BaseFacts, store: Ad
             return is_unchanged(known, settled_state(source.state()), base, store)
     except (AdapterInvalid, OSError):
         return False  # the worker will meet the same, and says it
-
-
-def job_of(source: str, name: str | None, digest: str = "") -> IngestJob:
-    """The job for a path or URI; `name` defaults to its last part.
-
-    Raises:
-        InvalidArgument: a URI that nothing can be read from, or a digest that is none.
-    """
-    if digest and not DIGEST.fullmatch(digest.lower()):
-        raise InvalidArgument(f"{digest!r:.80}: 64 hex digits are wanted", field="digest")
-    if is_uri(source):
-        uri = parse_uri(source)
-        return IngestJob(uri.name if name is None else name, uri.parts.geturl(), digest=digest.lower())
-    path = Path(source).resolve()
-    return IngestJob(path.name if name is None else name, str(path), digest=digest.lower())
-
-
-def fetch_evicted(
-    state_dir: Path, base: BaseFacts, names: Sequence[str], progress: Progress | None = None
-) -> list[IngestResult]:
-    """Bring back the bytes of all ready versions of `names` (none = of every name) that aren't in the cache.
-
-    Raises:
-        AdapterNotFound: for a name that has no ready version.
-    """
-    store = AdapterStore(state_dir / CACHE_DIRECTORY)
-    with Catalog(state_dir / CATALOG_FILE) as catalog:
-        ready = [record for record in catalog.active() if record.status == "ready"]
-    if unknown := sorted(set(names) - {record.name for record in ready}):
-        raise AdapterNotFound(f"no adapter {unknown[0]!r} is ready")
-    jobs = [
-        IngestJob(record.name, record.source, digest=record.digest, restores=record.version)
-        for record in ready
-        if (not names or record.name in names) and not store.holds(record.digest)
-    ]
-    return ingest(state_dir, base, jobs, progress)
-
-
-def check_result(result: IngestResult) -> None:
-    """Raises AdapterInvalid or Unavailable for what isn't ready."""
-    if result.status == "quarantined":
-        raise AdapterInvalid(result.reason, field=f"adapter {result.name}")
-    if result.status == "failed":
-        raise Unavailable(f"adapter {result.name}: {result.reason}")
 
 
 class _Worker:

@@ -19,7 +19,7 @@ from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
 from .base_modules import BaseModules, base_modules
 from .cache_quota import evictions, irreplaceable
-from .catalog import AdapterRecord, BaseFacts, Catalog
+from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
 from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .printable import printable
@@ -178,9 +178,13 @@ class Ingester:
             return IngestResult(job.name, "ready", job.restores, record.digest, record.rank)
         return result_of(*self._catalog.put(replace(record, name=job.name, origin=job.origin)))
 
+    def is_current(self, known: AdapterRecord, source_state: str, digest: str) -> bool:
+        """Whether it would be brought in again in vain; `digest` is the only one that is wanted, if given."""
+        return digest in ("", known.digest) and is_unchanged(known, source_state, self._base, self._store)
+
     def check_room(self, more: int) -> list[str]:
         """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
-        return evictions(self._store.copies(), irreplaceable(self._catalog.active()), more, self._limits)
+        return evictions(self._store.copies(), irreplaceable(known_records(self._state_dir)), more, self._limits)
 
     def _make_room(self, digest: str, size: int) -> None:
         if not self._store.holds(digest):
@@ -188,12 +192,8 @@ class Ingester:
                 self._store.evict(leaving)
 
     @cached_property
-    def modules(self) -> BaseModules:
+    def _modules(self) -> BaseModules:
         return base_modules(Path(self._base.path), self._base.digest, self._state_dir / MODULES_DIRECTORY)
-
-    def is_current(self, known: AdapterRecord, source_state: str, digest: str = "") -> bool:
-        """Whether `known` was made of a source in this state, and is as good as a new copy (with that digest)."""
-        return digest in ("", known.digest) and is_unchanged(known, source_state, self._base, self._store)
 
     def _copy(self, name: str, source: SourceDirectory, state: dict[str, list[int]], incoming: Incoming) -> None:
         total = sum(state[file][0] for file in (CONFIG_FILE, WEIGHTS_FILE) if file in state)
@@ -211,11 +211,11 @@ class Ingester:
     @property
     def largest_weights(self) -> int:
         """Bytes of a weights file that could be an adapter of the base model."""
-        return self.modules.largest_adapter_bytes(self._base.max_rank) + MAX_HEADER_BYTES
+        return self._modules.largest_adapter_bytes(self._base.max_rank) + MAX_HEADER_BYTES
 
     def _validated(self, name: str, directory: Path, made_for: str | None) -> AdapterFacts:
         size = os.path.getsize(directory / WEIGHTS_FILE)
-        modules = self.modules
+        modules = self._modules
         cpu = CPU_SECONDS + size * CPU_SECONDS_PER_BYTE
         with cpu_limit(cpu), memory_limit(MEMORY_BYTES + size * MEMORY_PER_BYTE):
             return validate_adapter(name, directory, made_for, modules, self._base.digest, self._base.max_rank)
@@ -245,6 +245,15 @@ def result_of(record: AdapterRecord, change: Literal["added", "updated", "unchan
     return IngestResult(record.name, record.status, record.version, record.digest, record.rank, change, record.reason)
 
 
+def known_records(state_dir: Path) -> list[AdapterRecord]:
+    """All versions in the catalog that aren't removed."""
+    reader = CatalogReader(state_dir / CATALOG_FILE)
+    try:
+        return reader.records()
+    finally:
+        reader.close()
+
+
 def main() -> None:
     request, report = take_request(IngestRequest)  # whatever is half done when we end is cleared by the next worker
     state_dir = Path(request.state_dir)
@@ -262,7 +271,7 @@ def main() -> None:
             if remote:
                 from .remote_ingest import bring_in_remote
 
-                bring_in_remote(remote, ingester, store, catalog, request.limits, report)
+                bring_in_remote(remote, ingester, store, state_dir, request.limits, report)
         except OpenLoRAError as error:
             report(Fatal(str(error)))
 

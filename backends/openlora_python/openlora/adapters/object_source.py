@@ -13,6 +13,7 @@ from .sources import RemoteFile, SourceChanged, SourceLimits, SourceUri, Transie
 
 BLOCK_BYTES = 4 << 20  # one request, and what is held in memory
 TAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # s3fs, gcsfs, huggingface_hub: the first one there
+MISSING = (404, 410)
 DENIED = range(400, 500)
 TRY_AGAIN = (408, 425, 429)
 
@@ -72,6 +73,8 @@ class ObjectSource:
             place = f"{self._uri.public}/{name}"
             said = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
             status = _status(error)
+            if status in MISSING:
+                raise FileNotFoundError(place) from error
             denied = status in DENIED and status not in TRY_AGAIN
             if isinstance(error, PermissionError) or denied or "Credentials" in type(error).__name__:
                 raise Unavailable(f"{place}: access denied ({said})") from error

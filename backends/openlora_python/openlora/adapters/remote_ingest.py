@@ -6,14 +6,24 @@ is only taken for that last step: adding local adapters, and a server's start, w
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
 
 from ..errors import AdapterInvalid, OpenLoRAError
-from .catalog import AdapterRecord, Catalog
+from .catalog import AdapterRecord
 from .fetch import Advance, FetchArea, Part, Wanted, fetch
-from .ingest_worker import REPORT_BYTES, Downloaded, Fetched, Ingester, IngestJob, IngestResult, Report, Started
+from .ingest_worker import (
+    REPORT_BYTES,
+    Downloaded,
+    Fetched,
+    Ingester,
+    IngestJob,
+    IngestResult,
+    Report,
+    Started,
+    known_records,
+)
 from .lora_config import MAX_CONFIG_BYTES
 from .manifest import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from .sources import SourceLimits, SourceUri, parse_uri
@@ -24,7 +34,7 @@ def bring_in_remote(
     jobs: Sequence[IngestJob],
     ingester: Ingester,
     store: AdapterStore,
-    catalog: Catalog,
+    state_dir: Path,
     limits: SourceLimits,
     report: Report,
 ) -> None:
@@ -35,7 +45,7 @@ def bring_in_remote(
     """
     area = FetchArea(store.directory, limits)
     area.sweep()
-    downloads = _Downloads(area, ingester, store, catalog, limits, report)
+    downloads = _Downloads(area, ingester, store, state_dir, limits, report)
     with ThreadPoolExecutor(limits.parallel) as pool:
         waiting = {pool.submit(downloads.run, job): job for job in jobs}
         for done in as_completed(waiting):
@@ -72,24 +82,23 @@ class _Arrived:
 
 
 class _Downloads:
-    """`run` is called in several threads; only the catalog needs them one by one."""
+    """`run` is called in several threads."""
 
     def __init__(
         self,
         area: FetchArea,
         ingester: Ingester,
         store: AdapterStore,
-        catalog: Catalog,
+        state_dir: Path,
         limits: SourceLimits,
         report: Report,
     ) -> None:
         self._area = area
         self._store = store
         self._ingester = ingester
-        self._catalog = catalog
+        self._state_dir = state_dir
         self._limits = limits
         self._report = report
-        self._lock = threading.Lock()
         self._largest = {
             CONFIG_FILE: MAX_CONFIG_BYTES,
             CARD_FILE: MAX_CARD_BYTES,
@@ -116,19 +125,13 @@ class _Downloads:
 
     def _wanted(self, uri: SourceUri, job: IngestJob) -> Wanted:
         def known(state: str) -> AdapterRecord | None:
-            with self._lock:
-                records = self._catalog.active()
-            mine = [record for record in records if record.source == uri.public]
+            mine = [record for record in known_records(self._state_dir) if record.source == uri.public]
             found = next((old for old in mine[::-1] if self._ingester.is_current(old, state, job.digest)), None)
             if found is not None:
                 self._store.touch(found.digest)  # so that nobody evicts it before it has its name
             return found
 
-        def room(more: int) -> None:
-            with self._lock:
-                self._ingester.check_room(more)
-
-        return Wanted(self._largest, room, known)
+        return Wanted(self._largest, self._ingester.check_room, known)
 
     def _advance(self, job: IngestJob) -> Advance:
         reported = 0

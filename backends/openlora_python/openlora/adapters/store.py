@@ -164,26 +164,30 @@ class AdapterStore:
     """`<state>/adapters`: one directory per digest, mode 0700, that never changes once it is there."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o700)
 
+    @property
+    def directory(self) -> Path:
+        return self._directory
+
     def path(self, digest: str) -> Path:
-        return self.directory / digest
+        return self._directory / digest
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """One writer at a time, so that whatever incoming copies lie around are those of a writer that died."""
-        with open(self.directory / ".lock", "wb", opener=_private) as lock:
+        with open(self._directory / ".lock", "wb", opener=_private) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for leftover in self.directory.glob(f"{INCOMING_PREFIX}*"):
+            for leftover in self._directory.glob(f"{INCOMING_PREFIX}*"):
                 shutil.rmtree(leftover)
             yield
 
     @contextmanager
     def incoming(self) -> Iterator[Incoming]:
         """A place to copy to, gone afterwards unless it was admitted. Only inside `writing()`."""
-        directory = Path(tempfile.mkdtemp(dir=self.directory, prefix=INCOMING_PREFIX))
+        directory = Path(tempfile.mkdtemp(dir=self._directory, prefix=INCOMING_PREFIX))
         try:
             yield Incoming(directory)
         finally:
@@ -195,13 +199,13 @@ class AdapterStore:
         digest = incoming.manifest().digest
         target = self.path(digest)
         if target.exists() and not self._intact(digest):
-            target.rename(tempfile.mkdtemp(dir=self.directory, prefix=INCOMING_PREFIX))  # for the next writer to clear
+            target.rename(tempfile.mkdtemp(dir=self._directory, prefix=INCOMING_PREFIX))  # for the next writer to clear
         if not target.exists():
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 os.utime(incoming.directory / name, ns=(ADMITTED_NS, ADMITTED_NS))
             _sync_directory(incoming.directory)
             incoming.directory.rename(target)
-            _sync_directory(self.directory)
+            _sync_directory(self._directory)
         os.utime(target)
         return digest
 
@@ -221,7 +225,7 @@ class AdapterStore:
     def copies(self) -> list[CachedCopy]:
         """All that is here, whole or not."""
         found = []
-        for entry in self.directory.glob("[!.]*"):
+        for entry in self._directory.glob("[!.]*"):
             try:
                 size = sum(file.stat().st_size for file in entry.iterdir())
                 found.append(CachedCopy(entry.name, size, entry.stat().st_mtime))
@@ -235,7 +239,7 @@ class AdapterStore:
 
     def evict(self, digest: str) -> None:
         """Take a copy away, at once for whoever looks. Only inside `writing()`."""
-        leaving = tempfile.mkdtemp(dir=self.directory, prefix=INCOMING_PREFIX)
+        leaving = tempfile.mkdtemp(dir=self._directory, prefix=INCOMING_PREFIX)
         self.path(digest).rename(leaving)
         shutil.rmtree(leaving)
 

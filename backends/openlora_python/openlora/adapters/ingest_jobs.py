@@ -1,0 +1,59 @@
+"""What `openlora adapters add` and `fetch` ask the ingest process for, and what they make of its answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
+from .catalog import BaseFacts
+from .ingest import Progress, ingest
+from .ingest_worker import CACHE_DIRECTORY, IngestJob, IngestResult, known_records
+from .sources import is_uri, parse_uri
+from .store import AdapterStore
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def job_of(source: str, name: str | None, digest: str = "") -> IngestJob:
+    """The job for a path or URI; `name` defaults to its last part.
+
+    Raises:
+        InvalidArgument: a URI that nothing can be read from, or a digest that is none.
+    """
+    if digest and not DIGEST.fullmatch(digest.lower()):
+        raise InvalidArgument(f"{digest!r:.80}: 64 hex digits are wanted", field="digest")
+    if is_uri(source):
+        uri = parse_uri(source)
+        return IngestJob(uri.name if name is None else name, uri.parts.geturl(), digest=digest.lower())
+    path = Path(source).resolve()
+    return IngestJob(path.name if name is None else name, str(path), digest=digest.lower())
+
+
+def fetch_evicted(
+    state_dir: Path, base: BaseFacts, names: Sequence[str], progress: Progress | None = None
+) -> list[IngestResult]:
+    """Bring back the bytes of all ready versions of `names` (none = of every name) that aren't in the cache.
+
+    Raises:
+        AdapterNotFound: for a name that has no ready version.
+    """
+    store = AdapterStore(state_dir / CACHE_DIRECTORY)
+    ready = [record for record in known_records(state_dir) if record.status == "ready"]
+    if unknown := sorted(set(names) - {record.name for record in ready}):
+        raise AdapterNotFound(f"no adapter {unknown[0]!r} is ready")
+    jobs = [
+        IngestJob(record.name, record.source, digest=record.digest, restores=record.version)
+        for record in ready
+        if (not names or record.name in names) and not store.holds(record.digest)
+    ]
+    return ingest(state_dir, base, jobs, progress)
+
+
+def check_result(result: IngestResult) -> None:
+    """Raises AdapterInvalid or Unavailable for what isn't ready."""
+    if result.status == "quarantined":
+        raise AdapterInvalid(result.reason, field=f"adapter {result.name}")
+    if result.status == "failed":
+        raise Unavailable(f"adapter {result.name}: {result.reason}")
