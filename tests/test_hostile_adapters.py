@@ -41,7 +41,7 @@ MAX_RANK = 16
 PROMPT = make_prompt(1, 20)
 PREFIX = "base_model.model."
 GOOD = ("good", "good-between", "good-last")
-MORE_MEMORY = 560 << 20  # than a good adapter takes: the 512 MiB of the check, three files of 8 MiB, and what is not its own
+MORE_MEMORY = 560 << 20  # than a good adapter takes: the check's own 512 MiB, three files of 8 MiB, and some
 INGEST = """
 import resource, sys
 from pathlib import Path
@@ -286,10 +286,8 @@ def test_a_source_rewritten_during_its_copy_is_not_taken(ingester, good, tmp_pat
     monkeypatch.setattr(ingester, "_report", rewrite)
     result = ingester.bring_in(IngestJob("poet", str(source)))
     assert rewritten
-    assert (result.status, result.reason) == (
-        "failed",
-        "[UNAVAILABLE] its files changed while they were copied; add it again when they are complete",
-    )
+    assert result.status == "failed"
+    assert "its files changed while they were copied; add it again when they are complete" in result.reason
     assert [entry.name for entry in (tmp_path / "state" / "adapters").iterdir()] == [".lock"]
     assert ingester.bring_in(IngestJob("poet", str(source))).reason.endswith("holds NaN or Inf")
 
