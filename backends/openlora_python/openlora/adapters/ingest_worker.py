@@ -184,6 +184,8 @@ class Ingester:
 
     def check_room(self, more: int) -> list[str]:
         """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
+        if self._limits.cache_bytes is None:
+            return []
         return evictions(self._store.copies(), irreplaceable(known_records(self._state_dir)), more, self._limits)
 
     def _make_room(self, digest: str, size: int) -> None:

@@ -18,6 +18,7 @@ import msgspec
 
 from ..errors import from_message
 from ..serving.parent_watch import exit_with
+from .printable import printable
 
 STDERR_TAIL = 2000
 Request = TypeVar("Request")
@@ -58,7 +59,8 @@ def run_worker(module: str, request: msgspec.Struct, events: Any, follow: Callab
                 process.kill()
                 raise
         complaints.seek(0)
-        return WorkerEnd(process.returncode, complaints.read().decode(errors="replace")[-STDERR_TAIL:].strip())
+        lines = complaints.read().decode(errors="replace")[-STDERR_TAIL:].strip().splitlines()
+        return WorkerEnd(process.returncode, "\n".join(printable(line) for line in lines))
 
 
 def _follow(answers: IO[bytes], events: Any, follow: Callable[[Any], None]) -> None:
