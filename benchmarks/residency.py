@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openlora.engine.api import AdapterUse
+from openlora.engine.kernels.pages import occupied
 
 RANKS = (8, 16, 24, 32, 48, 64)  # of the adapters of `scale`, in turn
 PROMPT, NEW_TOKENS = 16, 32  # tokens of a request of `scale` and `crowd`
@@ -85,10 +86,10 @@ def _zipf(options: argparse.Namespace, paths: list[Path], everything: bool) -> d
     """The k-th most popular adapter is asked for with probability ∝ 1/k."""
     drop_from_page_cache(paths)
     uses = [use_of(path) for path in paths]
-    mean = sum((path / "adapter_model.safetensors").stat().st_size for path in paths) // len(paths)
+    mean = sum(occupied((path / "adapter_model.safetensors").stat().st_size) for path in paths) // len(paths)
     settings = {"max_adapters": options.slots, "host_adapter_bytes": mean * options.host}
     if everything:
-        settings = {"max_adapters": len(uses), "host_adapter_bytes": 4 * mean * len(uses)}
+        settings = {"max_adapters": len(uses), "host_adapter_bytes": 2 * mean * len(uses)}
     weights = [1 / (place + 1) for place in range(len(uses))]
     with running(options, max_batch=options.concurrency, **settings) as watched:
         words = prompts(watched.engine, "scale", PROMPT)

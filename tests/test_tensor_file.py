@@ -43,6 +43,18 @@ def test_what_the_library_wrote_is_what_it_reads(tmp_path):
     assert all(torch.equal(read[name].double(), expected[name].double()) for name in expected)
 
 
+def test_tensors_are_read_in_any_order_and_across_pieces(tmp_path):
+    """Some larger than a piece, some across the end of one."""
+    torch.manual_seed(2)
+    written = {
+        f"{number:02d}": torch.randn(size) for number, size in enumerate([700_000, 5, 90_000, 170_001, 1, 300_000] * 2)
+    }
+    save_file(written, tmp_path / "file")
+    with TensorFile(tmp_path / "file") as file:
+        for tensor in [*file.tensors, *reversed(file.tensors), *file.tensors[::3]]:
+            assert torch.equal(file.read(tensor), written[tensor.name])
+
+
 FLOATS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 REFUSALS = [
     (b"not json", b"", "its header is not what safetensors writes: "),

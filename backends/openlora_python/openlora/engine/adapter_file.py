@@ -1,8 +1,8 @@
 """A PEFT adapter directory read into memory, whole or not at all, and beside decoding.
 
 What an adapter is and what memory it takes is known from its configuration and the header of its weights; then they go
-to their places one matrix at a time, so that no more memory is taken than the adapter's own and that of its largest
-matrix, and Python's lock is free for nearly all of the time.
+to their places one matrix at a time, so that little more memory is taken than the adapter's own, and Python's lock
+is free for nearly all of the time.
 
 Ingest validates adapters before they get a digest; the engine checks again, bytes and all, because applying part of an
 adapter, or another one, means that something else answers in its place.

@@ -10,7 +10,7 @@ import torch
 
 from .residency import Residency
 
-NICENESS = 10
+NICENESS = 5
 """Added to the process's own: a step that wants a core gets it before a load does."""
 
 

@@ -1,4 +1,4 @@
-"""A safetensors file, read tensor by tensor.
+"""A safetensors file, read in pieces.
 
 The library's own readers map the file, or want all of it in memory and copy it there with Python's lock held. A mapped
 file that someone rewrites is a SIGBUS for every request, and a lock held for milliseconds is a step that comes late.
@@ -18,6 +18,7 @@ import torch
 
 MAX_HEADER_BYTES = 8 << 20
 _LENGTH_BYTES = 8  # of the header's length, in front of it
+_PIECE_BYTES = 1 << 20  # read at once, or one tensor where that is larger
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -71,7 +72,7 @@ class TensorFile:
         except BaseException:
             self.close()
             raise
-        self._buffer = bytearray()
+        self._buffer, self._start, self._filled = bytearray(), 0, 0  # a piece of the file, and what of it is here
 
     def __enter__(self) -> TensorFile:
         return self
@@ -83,7 +84,7 @@ class TensorFile:
         os.close(self._file)
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """The tensor, until the next one is read: it lies where that one will.
+        """The tensor, until another one is read: it lies where that one may.
 
         Raises:
             BadTensorFile: the file has become shorter.
@@ -91,11 +92,16 @@ class TensorFile:
         """
         if not tensor.nbytes:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
-        if len(self._buffer) < tensor.nbytes:
-            self._buffer = bytearray(max(tensor.nbytes for tensor in self.tensors))
-        self._fill(tensor.start, tensor.nbytes)
+        offset = tensor.start - self._start
+        if not 0 <= offset <= self._filled - tensor.nbytes:
+            size = min(max(tensor.nbytes, _PIECE_BYTES), self.size - tensor.start)
+            if len(self._buffer) < size:
+                self._buffer = bytearray(size)
+            self._filled, offset = 0, 0
+            self._fill(tensor.start, size)
+            self._start, self._filled = tensor.start, size
         count = prod(tensor.shape)
-        return torch.frombuffer(self._buffer, dtype=tensor.dtype, count=count).view(tensor.shape)
+        return torch.frombuffer(self._buffer, dtype=tensor.dtype, count=count, offset=offset).view(tensor.shape)
 
     def sha256(self) -> str:
         """Of the whole file, once its tensors were all read in their order; 64 hex digits."""
@@ -120,9 +126,9 @@ class TensorFile:
             got = os.preadv(self._file, [free], start)
             if got == 0:
                 raise BadTensorFile("it ends too early")
-            if start == self._hashed:
-                self._hash.update(free[:got])
-                self._hashed += got
+            if start <= self._hashed < start + got:
+                self._hash.update(free[self._hashed - start : got])
+                self._hashed = start + got
             free, start = free[got:], start + got
 
 

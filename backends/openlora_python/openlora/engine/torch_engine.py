@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-import msgspec
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -204,9 +203,8 @@ class TorchEngine:
         self._wake.set()
 
     def stats(self) -> EngineStats:
-        """As of the end of the last turn of the loop; where adapters are, as of now."""
-        adapters = self._residency.stats()
-        return msgspec.structs.replace(self._stats, adapters_loaded=adapters.slots_filled, adapters=adapters)
+        """As of the end of the last turn of the loop."""
+        return self._stats
 
     def shutdown(self) -> None:
         """Stop the step loop and the loader; running requests are dropped."""
@@ -302,18 +300,19 @@ class TorchEngine:
         return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
 
     def _count(self) -> EngineStats:
-        cache = self._scheduler.cache
+        cache, adapters = self._scheduler.cache, self._residency.stats()
         return EngineStats(
             steps=self._steps,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             kv_blocks_used=cache.used_blocks,
             kv_blocks_total=cache.total_blocks,
-            adapters_loaded=0,  # `stats` knows
+            adapters_loaded=adapters.slots_filled,
             kv_blocks_cached=cache.pool.idle,
             prefix_lookup_tokens=self._prefix.lookup_tokens,
             prefix_hit_tokens=self._prefix.hit_tokens,
             preemptions=self._scheduler.preemptions,
+            adapters=adapters,
         )
 
     def _step(self, works: list[Work], started: float) -> list[EngineOutput]:
