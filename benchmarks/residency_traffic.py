@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from openlora.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, adapter_manifest
 from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling
 from openlora.engine.torch_engine import TorchEngine
 
@@ -113,8 +114,16 @@ def adapters_of(options: argparse.Namespace, ranks: Sequence[int], console: Cons
 
 
 def use_of(path: Path, life: object = "", *, pinned: bool = False) -> AdapterUse:
-    """The adapter of a directory; under another `life` the engine does not know it yet."""
-    return AdapterUse(sha256(f"{path} {life}".encode()).hexdigest(), str(path.resolve()), WEIGHT_ONE, pinned)
+    """The adapter of a directory; under another `life` it has another digest, so the engine does not know it yet."""
+    if life != "":
+        other = path.with_name(f"{path.name}-{life}")
+        if not other.is_dir():
+            other.mkdir()
+            (other / WEIGHTS_FILE).hardlink_to(path / WEIGHTS_FILE)
+            config = json.loads((path / CONFIG_FILE).read_bytes())
+            (other / CONFIG_FILE).write_text(json.dumps({**config, "revision": f"{life}"}))
+        path = other
+    return AdapterUse(adapter_manifest(path).digest, str(path.resolve()), WEIGHT_ONE, pinned)
 
 
 def drop_from_page_cache(paths: Sequence[Path]) -> None:
