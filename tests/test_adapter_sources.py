@@ -505,7 +505,7 @@ def test_wrong_bytes_are_quarantined_like_those_of_a_local_directory(state, base
     http.files[f"/poet/{WEIGHTS}"] = bytes(broken)
     result = add(state, base, http)
     assert (result.status, result.version) == ("quarantined", 1)
-    assert "is not valid safetensors" in result.reason
+    assert "its header is not JSON" in result.reason
     assert (in_cache(state), left_over(state)) == ([], [])
 
 

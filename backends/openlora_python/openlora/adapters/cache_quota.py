@@ -12,11 +12,11 @@ from .store import CachedCopy
 
 
 def irreplaceable(records: Iterable[AdapterRecord]) -> set[str]:
-    """Digests that a version needs and no remote source could bring again: local ones, and merges.
+    """Digests that a version needs and no remote source could bring again (local ones, and merges), and pinned ones.
 
     Quarantined ones too: another base model may make them ready.
     """
-    return {record.digest for record in records if not is_uri(record.source)}
+    return {record.digest for record in records if record.pinned or not is_uri(record.source)}
 
 
 def evictions(

@@ -200,7 +200,7 @@ class ResolverStep:
         except AdapterNotFound:
             raise unknown from None
         except InvalidArgument:  # what is wrong with the version is only for those who may know of the name
-            if self._policy.allows(caller, self._catalog.find(spec.name)):
+            if self._may_know(caller, spec.name):
                 raise
             raise unknown from None
         if not self._policy.allows(caller, record):
@@ -208,6 +208,12 @@ class ResolverStep:
         if record.status != "ready":
             raise AdapterInvalid(f"adapter {spec.name!r}: {record.reason}")
         return record
+
+    def _may_know(self, caller: str, name: str) -> bool:
+        try:
+            return self._policy.allows(caller, self._catalog.find(name))
+        except AdapterNotFound:
+            return False
 
     def _granted(self, names: list[str]) -> list[Quota]:
         """The adapters' own quotas, once their request rates have allowed one more."""
