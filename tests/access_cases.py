@@ -58,3 +58,4 @@ def fill_catalog(run: RunConfig, *records: AdapterRecord) -> None:
         catalog.set_base(BaseFacts("model", BASE, 128))
         for record in records:
             catalog.put(record)
+            (run.adapter_cache / record.digest).mkdir(parents=True, exist_ok=True)  # the resolver looks for it
