@@ -15,7 +15,7 @@ from live_server import key_digest
 from small_server import card
 from typer.testing import CliRunner
 
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog
+from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
 from openlora.adapters.ingest import ingest, sync_directory
 from openlora.adapters.ingest_worker import IngestJob
 from openlora.adapters.routes import Group, Routes, RoutesReader, Target
@@ -173,9 +173,12 @@ def ask(catalog_path: Path):
     run.run_dir.mkdir()
     write_run_key(run.run_key_path)
     step = ResolverStep(run)
+    reader = CatalogReader(catalog_path)
     office = TicketOffice(Seal(run.run_key_path, "ticket"))
 
     def resolve(adapters: str, *, key: str | None = None, label: str = "", alice: bool = False) -> dict[str, str]:
+        for one in reader.records():  # the resolver looks for their bytes
+            (run.adapter_cache / one.digest).mkdir(parents=True, exist_ok=True)
         inputs = {"text_input": TEXT, "adapters": adapters.encode()}
         if key is not None:
             inputs["sampling_parameters"] = json.dumps({"routing_key": key}).encode()
