@@ -22,7 +22,7 @@ def run(tmp_path):
 
 
 def test_models_follow_the_current_version_and_the_policy(run):
-    models = ModelList(run, AccessPolicy(run.settings.access))
+    models = ModelList(run, AccessPolicy(run))
     with Catalog(run.catalog_path) as catalog:
         catalog.set_base(BaseFacts("/m", BASE, 64))
         for name, digest, owner in (("poet", "1", "one"), ("poet", "2", "two"), ("secret", "3", "three")):
