@@ -303,6 +303,7 @@ def write(state: Path, adapters: int) -> None:
         for number in range(sys.maxsize):
             name = f"adapter-{random.randrange(adapters):05}"
             digest = f"{random.getrandbits(256):064x}"
+            (state / CACHE_DIRECTORY / digest).mkdir()  # the resolver looks for its bytes
             catalog.put(AdapterRecord(name, 0, digest, 1, "ready", "", CARD, ("q_proj",), base=catalog.base().digest))
             if number == 0:
                 print("writing", flush=True)
