@@ -8,12 +8,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
+from ..transaction import transaction
 from .catalog_rows import NAME, AdapterFilter, AdapterRecord, BaseFacts, Page, find, select, select_page
 
 RESERVED_NAMES = ("base",)
@@ -88,7 +88,7 @@ class Catalog:
         """From now on adapters are checked against `base`; those checked against another one no longer resolve."""
         if self.base() == base:
             return
-        with self._transaction():
+        with transaction(self._connection):
             self._connection.execute(
                 "INSERT INTO base VALUES (1, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                 "path = excluded.path, digest = excluded.digest, max_rank = excluded.max_rank",
@@ -118,7 +118,7 @@ class Catalog:
         Raises:
             InvalidArgument: the name is a group's.
         """
-        with self._transaction():
+        with transaction(self._connection):
             same = self._same(record)
             if same is None:
                 (last,) = self._connection.execute(
@@ -153,7 +153,7 @@ class Catalog:
             AdapterNotFound, InvalidArgument: as `CatalogReader.lookup`.
             AdapterInvalid: it is quarantined; the name keeps its version.
         """
-        with self._transaction():
+        with transaction(self._connection):
             record = find(self._connection, name, version)
             if record.status != "ready":
                 raise AdapterInvalid(record.reason, field=f"adapter {name} version {record.version}")
@@ -167,7 +167,7 @@ class Catalog:
         Raises:
             AdapterNotFound: no such name.
         """
-        with self._transaction():
+        with transaction(self._connection):
             if find(self._connection, name, None).pinned != pinned:
                 self._connection.execute("UPDATE names SET pinned = ? WHERE name = ?", (pinned, name))
 
@@ -179,7 +179,7 @@ class Catalog:
         Raises:
             AdapterNotFound: when there is nothing to remove.
         """
-        with self._transaction():
+        with transaction(self._connection):
             active = select(self._connection, "n.name = ?", (name,))
             gone = [record for record in active if version in (None, record.version)]
             if not gone:
@@ -189,7 +189,7 @@ class Catalog:
 
     def remove_absent(self, origin: str, present: Collection[str]) -> list[AdapterRecord]:
         """Mark removed what came from `origin` under other names than `present`; what that was."""
-        with self._transaction():
+        with transaction(self._connection):
             names = self._connection.execute(
                 "SELECT DISTINCT name FROM adapters WHERE origin = ? AND removed_at IS NULL ORDER BY name", (origin,)
             ).fetchall()
@@ -260,7 +260,7 @@ class Catalog:
             self._connection.executemany("INSERT OR IGNORE INTO adapter_tasks VALUES (?, ?)", tasks)
 
     def _migrate(self, path: Path) -> None:
-        with self._transaction():
+        with transaction(self._connection):
             if _format(self._connection, path) == FORMAT:
                 return  # another process was faster
             self._connection.execute(
@@ -268,16 +268,6 @@ class Catalog:
                 "SELECT name, max(version) FROM adapters WHERE removed_at IS NULL GROUP BY name"
             )
             self._connection.execute(f"PRAGMA user_version = {FORMAT}")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
 
 
 class CatalogReader:

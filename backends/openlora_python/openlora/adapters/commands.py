@@ -17,8 +17,9 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 from rich.text import Text
 
+from ..command_errors import reported
 from ..config import EngineSettings
-from ..errors import AdapterNotFound, InvalidArgument, OpenLoRAError
+from ..errors import AdapterNotFound, InvalidArgument
 from ..serving.adapter_spec import AdapterSpec, parse_adapters
 from .catalog import AdapterFilter, AdapterRecord, BaseFacts, Catalog, CatalogReader
 from .ingest import ingest
@@ -56,7 +57,7 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Copy an adapter into the node, check it against the base model, and make it available under its name."""
-    with _reported():
+    with reported():
         job = job_of(source, name, digest)
         with _progress_bar() as follow:
             (result,) = ingest(state_dir, _base(state_dir, model), [job], follow)
@@ -74,7 +75,7 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Bring files back that the cache's quota evicted, from where they came from."""
-    with _reported():
+    with reported():
         with _progress_bar() as follow:
             results = fetch_evicted(state_dir, _base(state_dir, None), names or [], follow)
         if as_json:
@@ -99,7 +100,7 @@ def list_adapters(
     as_json: AsJson = False,
 ) -> None:
     """Adapters by name, with all versions that aren't removed."""
-    with _reported(), _reader(state_dir) as reader:
+    with reported(), _reader(state_dir) as reader:
         if status not in (None, "ready", "quarantined"):
             raise InvalidArgument(f"ready or quarantined is wanted, got {status!r:.80}", field="status")
         if limit is None and not as_json and sys.stdout.isatty():
@@ -121,7 +122,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """One adapter, quarantined ones included."""
-    with _reported(), _reader(state_dir) as reader:
+    with reported(), _reader(state_dir) as reader:
         tree = _as_tree(reader.find(name, version), state_dir)
         if as_json:
             typer.echo(json.dumps(tree))
@@ -139,7 +140,7 @@ def use(
     as_json: AsJson = False,
 ) -> None:
     """Make a version the current one: it answers for the bare name from the next request on."""
-    with _reported(), _catalog_with(name, state_dir) as catalog:
+    with reported(), _catalog_with(name, state_dir) as catalog:
         record = catalog.use(name, version)
         if as_json:
             typer.echo(json.dumps(_as_tree(record, state_dir)))
@@ -150,7 +151,7 @@ def use(
 @adapters_app.command()
 def pin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
     """Keep the current version of a name in memory, whichever that is."""
-    with _reported(), _catalog_with(name, state_dir) as catalog:
+    with reported(), _catalog_with(name, state_dir) as catalog:
         catalog.pin(name)
         typer.echo(f"{name}: pinned")
 
@@ -158,7 +159,7 @@ def pin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var"
 @adapters_app.command()
 def unpin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
     """Let a name leave memory like all others."""
-    with _reported(), _catalog_with(name, state_dir) as catalog:
+    with reported(), _catalog_with(name, state_dir) as catalog:
         catalog.pin(name, False)
         typer.echo(f"{name}: not pinned")
 
@@ -171,7 +172,7 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Take an adapter, or one version, out of the catalog. Requests that run with it go on."""
-    with _reported(), _catalog_with(name, state_dir) as catalog:
+    with reported(), _catalog_with(name, state_dir) as catalog:
         gone = catalog.remove(name, version)
         if as_json:
             typer.echo(json.dumps([{"name": record.name, "version": record.version} for record in gone]))
@@ -200,7 +201,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Make a new adapter of several. What was merged before is found, not computed again."""
-    with _reported():
+    with reported():
         terms = None if card is None else parse_object(card.read_bytes(), str(card), MAX_CARD_BYTES)
         with _module_bar() as follow:
             merged = merge_adapters(
@@ -257,16 +258,6 @@ def _base(state_dir: Path, model: Path | None) -> BaseFacts:
                 field="model",
             )
         return known
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """An error of ours becomes one line on stderr and its exit code."""
-    try:
-        yield
-    except OpenLoRAError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(error.exit_code) from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import msgspec
 
 from ..attribution.card import TASK
 from ..errors import AdapterNotFound, InvalidArgument, Unavailable
+from ..transaction import transaction
 from .catalog import BUSY_SECONDS, Catalog, check_name
 
 MAX_TARGETS = 16
@@ -80,7 +81,7 @@ class Routes:
         """
         check_name(group.name)
         _check_targets(group.targets)
-        with self._transaction():
+        with transaction(self._connection):
             if self._is_adapter(group.name):
                 raise InvalidArgument(f"{group.name!r} is an adapter: a group needs a name of its own", field="name")
             for target in group.targets:
@@ -112,16 +113,6 @@ class Routes:
     def _is_adapter(self, name: str) -> bool:
         query = "SELECT 1 FROM adapters WHERE name = ? AND removed_at IS NULL"
         return self._connection.execute(query, (name,)).fetchone() is not None
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
 
 
 class RoutesReader:

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import AdapterNotFound, InvalidArgument, OpenLoRAError
+from ..command_errors import reported
+from ..errors import AdapterNotFound, InvalidArgument
 from .catalog import CatalogReader
 from .ingest_worker import CATALOG_FILE
 from .routes import Group, Routes, RoutesReader, Target
@@ -35,7 +36,7 @@ def set_group(
     as_json: AsJson = False,
 ) -> None:
     """Make a group, or change the one of this name: each request that names it gets one of its targets, by weight."""
-    with _reported():
+    with reported():
         with _catalog(state_dir) as catalog:
             targets = tuple(_target(text, catalog) for text in to)
         with Routes(state_dir / CATALOG_FILE) as routes:
@@ -46,7 +47,7 @@ def set_group(
 @routes_app.command("list")
 def list_routes(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
     """All groups, how their targets do, and which adapters are preferred for tasks."""
-    with _reported(), _catalog(state_dir) as catalog:
+    with reported(), _catalog(state_dir) as catalog:
         with Routes(state_dir / CATALOG_FILE):
             reader = RoutesReader(state_dir / CATALOG_FILE)
         groups, preferences = reader.groups(), reader.preferences()
@@ -73,7 +74,7 @@ def list_routes(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> N
 @routes_app.command()
 def remove(name: Annotated[str, typer.Argument(help="Of a group.")], state_dir: StateDir = Path("var")) -> None:
     """Take a group away. Its adapters stay."""
-    with _reported(), _routes(state_dir) as routes:
+    with reported(), _routes(state_dir) as routes:
         routes.remove_group(name)
         typer.echo(f"{name}: removed")
 
@@ -85,7 +86,7 @@ def prefer(
     state_dir: StateDir = Path("var"),
 ) -> None:
     """Of several adapters for a task, requests that name the task get this one."""
-    with _reported():
+    with reported():
         with _catalog(state_dir) as catalog:
             declared = (catalog.find(name).card or {}).get("tasks", [])
         if task not in declared:
@@ -98,7 +99,7 @@ def prefer(
 @routes_app.command()
 def forget(task: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
     """Prefer no adapter for a task any more."""
-    with _reported(), _routes(state_dir) as routes:
+    with reported(), _routes(state_dir) as routes:
         routes.forget(task)
         typer.echo(f"task {task}: no preference")
 
@@ -129,16 +130,6 @@ def _shown(group: Group) -> str:
         f"{target.adapter}{f'@{target.version}' if target.version else ''} {target.weight / whole:.2%}"
         for target in group.targets
     )
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """An error of ours becomes one line on stderr and its exit code."""
-    try:
-        yield
-    except OpenLoRAError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(error.exit_code) from error
 
 
 @contextmanager

@@ -12,14 +12,13 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ..config import UsageLimits
 from ..errors import InvalidArgument
+from ..transaction import transaction
 from .access_rule import ADDRESS, canonical_caller
 
 ANONYMOUS = "anonymous"
@@ -132,7 +131,7 @@ class CallerStore:
         Raises:
             InvalidArgument: there is none with this id.
         """
-        with self._transaction():
+        with transaction(self._connection):
             record = self.get(key_id)
             if record.revoked_at is None:
                 record = replace(record, revoked_at=int(time.time()))
@@ -173,16 +172,6 @@ class CallerStore:
             (caller, kind, proof, prefix, now, expires_at),
         ).lastrowid
         return self.get(key_id)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
 
 
 def _create(path: Path) -> None:
