@@ -7,11 +7,10 @@ the new weights are. Anyone who holds the sources can compute the merge again an
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import rfc8785
@@ -19,6 +18,7 @@ from msgspec import Meta
 
 from ..engine.api import WEIGHT_ONE
 from ..errors import InvalidArgument
+from .environment import limits_from_environment
 
 KEY_DOMAIN = b"openlora/merge/v1"
 RECORD_KEY = "openlora_merge"  # in the metadata of the merged safetensors file
@@ -181,9 +181,4 @@ class MergeLimits:
 
     @classmethod
     def from_environment(cls) -> MergeLimits:
-        names = {field.name: ENVIRONMENT_PREFIX + field.name.upper() for field in fields(cls)}
-        given: dict[str, Any] = {name: os.environ[key] for name, key in names.items() if key in os.environ}
-        try:
-            return msgspec.convert(given, cls, strict=False)
-        except msgspec.ValidationError as error:
-            raise InvalidArgument(f"{error}", field=ENVIRONMENT_PREFIX + "…") from error
+        return limits_from_environment(cls, ENVIRONMENT_PREFIX)

@@ -6,18 +6,17 @@ A source is a prefix below which lie `adapter_config.json`, `adapter_model.safet
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Protocol
+from dataclasses import dataclass
+from typing import Annotated, Protocol
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-import msgspec
 from msgspec import Meta
 
 from ..errors import InvalidArgument
+from .environment import limits_from_environment
 
 ENVIRONMENT_PREFIX = "OPENLORA_SOURCES__"
 HTTP_SCHEMES = ("http", "https")
@@ -46,12 +45,7 @@ class SourceLimits:
 
     @classmethod
     def from_environment(cls) -> SourceLimits:
-        names = {field.name: ENVIRONMENT_PREFIX + field.name.upper() for field in fields(cls)}
-        given: dict[str, Any] = {name: os.environ[key] for name, key in names.items() if key in os.environ}
-        try:
-            return msgspec.convert(given, cls, strict=False)
-        except msgspec.ValidationError as error:
-            raise InvalidArgument(f"{error}", field=ENVIRONMENT_PREFIX + "…") from error
+        return limits_from_environment(cls, ENVIRONMENT_PREFIX)
 
 
 class SourceFault(Exception):
