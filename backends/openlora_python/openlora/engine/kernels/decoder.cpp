@@ -90,7 +90,7 @@ class Worker {
     }
 
     // output = input · weightᵀ + bias and, where `group` is not negative, what the step's adapters add. `weight` is as in
-    // linear.h, or with `parts` as in int8_linear.h; none: adapters are added to what is in `output`.
+    // linear.h, or with `parts` as in int8_linear.h.
     void linear(const Operation& o, const Operation* next) {
         const bool adapters = o.group >= 0 && step.segment_count;
         const int64_t block = o.parts ? INT8_BLOCK : BLOCK;
@@ -102,9 +102,11 @@ class Worker {
                              step.segments, step.segment_count, o.group, step.members, from, to, shrunk, member.team);
                 lora.shrink(member, stride(o.input), o.features);
             }
-            if (o.weight && !o.parts) plain(o, next, from, to);
-            if (o.weight && o.parts == 1) int8<1>(o, next, from, to);
-            if (o.weight && o.parts == 2) int8<2>(o, next, from, to);
+            switch (o.parts) {
+                case 0: plain(o, next, from, to); break;
+                case 1: int8<1>(o, next, from, to); break;
+                case 2: int8<2>(o, next, from, to); break;
+            }
             if (adapters) {
 #pragma omp barrier
                 lora.expand(member, stride(o.output));
@@ -180,7 +182,7 @@ class Worker {
     }
     static const Operation* next_linear(const Operation* operations, int64_t from, int64_t count) {
         for (int64_t i = from; i < count; i++)
-            if (operations[i].kind == LINEAR && operations[i].weight) return operations + i;
+            if (operations[i].kind == LINEAR) return operations + i;
         return nullptr;
     }
     // With which this thread begins.
