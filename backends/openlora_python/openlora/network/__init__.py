@@ -1,0 +1,1 @@
+"""The EVM side: contracts, what they say, and the transactions that move them."""
