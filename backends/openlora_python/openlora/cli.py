@@ -14,6 +14,7 @@ from .adapters.routes_commands import routes_app
 from .attribution.commands import receipts_app
 from .bench.command import bench
 from .errors import OpenLoRAError
+from .network.commands import network_app
 from .network.devnet_command import devnet
 from .serving.generate_command import generate
 from .serving.keys_command import keys_app
@@ -35,6 +36,7 @@ app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")
 app.add_typer(keys_app, name="keys")
+app.add_typer(network_app, name="network")
 
 
 def main() -> None:

@@ -215,9 +215,7 @@ class _Cache:
             with transaction(self._connection):
                 for statement in SCHEMA.strip().split(";\n"):
                     self._connection.execute(statement)
-                self._connection.execute(
-                    "INSERT INTO deployment VALUES (1, ?, ?)", (facts, deployment.start_block - 1)
-                )
+                self._connection.execute("INSERT INTO deployment VALUES (1, ?, ?)", (facts, deployment.start_block - 1))
 
     def close(self) -> None:
         self._connection.close()
@@ -230,9 +228,7 @@ class _Cache:
     def newest_headers(self) -> Iterator[BlockHeader]:
         numbers = self._connection.execute("SELECT number FROM headers ORDER BY number DESC").fetchall()
         for (number,) in numbers:
-            yield BlockHeader(
-                *self._connection.execute("SELECT * FROM headers WHERE number = ?", (number,)).fetchone()
-            )
+            yield BlockHeader(*self._connection.execute("SELECT * FROM headers WHERE number = ?", (number,)).fetchone())
 
     def roll_back(self, head: int) -> None:
         """Forget everything above `head`."""
@@ -247,7 +243,10 @@ class _Cache:
         with transaction(self._connection):
             self._connection.executemany(
                 "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
-                [(one.block, one.index, one.contract, one.name, json.dumps(one.args, default=_tagged)) for one in events],
+                [
+                    (one.block, one.index, one.contract, one.name, json.dumps(one.args, default=_tagged))
+                    for one in events
+                ],
             )
             # Of heads without events the newest alone is kept: it is what a re-org is noticed by.
             self._connection.execute("DELETE FROM headers WHERE number NOT IN (SELECT block FROM events)")
@@ -258,9 +257,7 @@ class _Cache:
             self._connection.execute("UPDATE deployment SET head = ?", (head,))
 
     def events(self, to_block: int) -> Iterator[ChainEvent]:
-        rows = self._connection.execute(
-            "SELECT * FROM events WHERE block <= ? ORDER BY block, log_index", (to_block,)
-        )
+        rows = self._connection.execute("SELECT * FROM events WHERE block <= ? ORDER BY block, log_index", (to_block,))
         for block, index, contract, name, args in rows:
             yield ChainEvent(block, index, contract, name, json.loads(args, object_hook=_untagged))
 
