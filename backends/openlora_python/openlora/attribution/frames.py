@@ -69,6 +69,7 @@ class IntentFrame(msgspec.Struct, frozen=True, array_like=True, tag=1):
     in_tokens: Tokens
     started_at: Seconds
     accounts: tuple[str, ...] = ()  # of the quota ledger; older journals have none
+    registry: bytes = b""  # RegistryReference.preimage, or nothing; older journals have none
 
 
 class ProgressFrame(msgspec.Struct, frozen=True, array_like=True, tag=2):

@@ -30,7 +30,7 @@ _TABLES = (
         low_segment INTEGER NOT NULL, low_offset INTEGER NOT NULL) STRICT""",
     """CREATE TABLE receipts (seq INTEGER PRIMARY KEY, request_id BLOB NOT NULL UNIQUE, leaf BLOB NOT NULL,
         leaf_hash BLOB NOT NULL, signature BLOB NOT NULL) STRICT""",
-    # content: domain tag and canonical JSON, exactly what was hashed
+    # content: domain tag and canonical JSON, or the preimage of a registry reference: exactly what was hashed
     "CREATE TABLE blobs (sha256 BLOB PRIMARY KEY, content BLOB NOT NULL) STRICT",
     "CREATE TABLE salts (seq INTEGER PRIMARY KEY, prompt BLOB NOT NULL, output BLOB NOT NULL) STRICT",
 )
@@ -52,11 +52,11 @@ class LoggedReceipt:
 
 @dataclass(frozen=True)
 class NewReceipt:
-    """A receipt on its way into the log. Blobs are content by SHA-256."""
+    """A receipt on its way into the log."""
 
     receipt: Receipt
     leaf: bytes
-    blobs: tuple[bytes, bytes, bytes]
+    blobs: tuple[bytes, ...]  # in the order of `Receipt.blob_hashes`
     prompt_salt: bytes
     output_salt: bytes
 
@@ -156,8 +156,7 @@ class ReceiptLog:
         if logged is None:
             raise InvalidArgument(f"no receipt {seq}; the log holds {self.size()}", field="seq")
         receipt = logged.receipt
-        hashes = (receipt.runtime_hash, receipt.adapters_hash, receipt.terms_hash)
-        blobs = [self._query("SELECT content FROM blobs WHERE sha256 = ?", one)[0][0] for one in hashes]
+        blobs = [self._query("SELECT content FROM blobs WHERE sha256 = ?", one)[0][0] for one in receipt.blob_hashes]
         salts = None
         if with_salts:
             rows = self._query("SELECT prompt, output FROM salts WHERE seq = ?", seq)
@@ -193,8 +192,7 @@ class ReceiptLog:
                     raise Internal(f"the log's next receipt is {seq}, not {item.receipt.seq}")
                 signature = sign_digest(keys.receipt, self._hasher.digest(item.leaf))
                 receipts.append((seq, item.receipt.request_id, item.leaf, leaf_hash(item.leaf), signature))
-                hashes = (item.receipt.runtime_hash, item.receipt.adapters_hash, item.receipt.terms_hash)
-                blobs.update(zip(hashes, item.blobs, strict=True))
+                blobs.update(zip(item.receipt.blob_hashes, item.blobs, strict=True))
                 salts.append((seq, item.prompt_salt, item.output_salt))
             execute, many = self._connection.execute, self._connection.executemany
             execute("BEGIN IMMEDIATE")
