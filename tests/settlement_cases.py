@@ -123,9 +123,9 @@ class Chain:
     def head(self) -> BlockHeader:
         return self.headers[self.number]
 
-    def emit(self, contract: str, name: str, **args: Any) -> BlockHeader:
+    def emit(self, contract: str, event: str, /, **args: Any) -> BlockHeader:
         header = self.mine()
-        self.events.append(ChainEvent(header.number, 0, contract, name, args))
+        self.events.append(ChainEvent(header.number, 0, contract, event, args))
         return header
 
     def publish_parameters(self, document: dict[str, Any] | str = PARAMETERS, notice: int = 0) -> bytes:
