@@ -169,6 +169,15 @@ class ContractRefused(OpenLoRAError):
     exit_code = 10
 
 
+class SettlementDiffers(OpenLoRAError):
+    """A proposed epoch is not what the receipts and the chain give: nobody should attest it."""
+
+    code = "SETTLEMENT_DIFFERS"
+    triton_code = "INVALID_ARG"
+    http_status = 422
+    exit_code = 11
+
+
 def _subclasses(root: type[OpenLoRAError]) -> dict[str, type[OpenLoRAError]]:
     return {kind.code: kind for kind in root.__subclasses__()}
 
