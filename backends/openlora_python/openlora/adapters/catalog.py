@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
-from ..transaction import transaction
+from ..transaction import create_private, transaction
 from .chain_view import CHAIN_ORIGIN, ChainTerms, ChainView, read_view, write_view
 from .chain_view import SCHEMA as CHAIN_SCHEMA
 from .catalog_rows import CHAIN_NAME, NAME, AdapterFilter, AdapterRecord, BaseFacts, Page, find, select, select_page
@@ -75,7 +74,7 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        create_private(path)
         self._connection = _connect(path)
         self._connection.execute("PRAGMA journal_mode = WAL")
         before = _format(self._connection, path)

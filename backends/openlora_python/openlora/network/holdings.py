@@ -17,7 +17,7 @@ import zmq
 
 from ..serving.access_check import CLOCK_TOLERANCE_SECONDS, Holding
 from ..serving.access_rule import TokenTerms
-from ..transaction import transaction
+from ..transaction import create_private, transaction
 
 MAX_PENDING = 10_000  # addresses that wait to be read
 REFRESHES = 3  # within the time that a reading is good for
@@ -35,8 +35,8 @@ class HoldingsStore:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        create_private(path)
         self._connection = sqlite3.connect(path, isolation_level=None)
-        path.chmod(0o600)
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.executescript(SCHEMA)
 

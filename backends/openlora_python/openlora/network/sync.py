@@ -86,15 +86,15 @@ class CatalogSync:
     def once(self, progress: Progress = lambda _: None) -> Synced:
         """One pass, and the adapters that it found brought in."""
         synced = self.follow()
-        while self._fetching is not None:
+        if self._fetching is not None:
             progress("bringing adapters in")
-            added = [*synced.added, *self._fetching.result()]
-            synced = self.follow()
-            synced.added = [*added, *synced.added]
+            self._fetching.result()
+            removed, synced = synced.removed, self.follow(bring_in=False)
+            synced.removed = removed + synced.removed
         return synced
 
-    def follow(self) -> Synced:
-        """One pass; new adapters are being brought in when it returns, and answer after a later one.
+    def follow(self, bring_in: bool = True) -> Synced:
+        """One pass; with `bring_in` new adapters are on their way when it returns, and answer after a later one.
 
         Raises:
             Unavailable: the chain does not answer; the view stays as it was.
@@ -115,7 +115,8 @@ class CatalogSync:
         view = self._view(registry, base, read_at, refused)
         added = self._brought_in()
         gone = self._catalog.follow_chain(view, [ChainTerms(one.name, one.digest, one.card) for one in announced])
-        self._bring_in(announced, base)
+        if bring_in:
+            self._bring_in(announced, base)
         return Synced(view, announced, {**refused, **self._refused}, added, [record.name for record in gone])
 
     def _announced(self, registry: RegistryView, base: BaseFacts) -> tuple[list[Announced], dict[str, str]]:
