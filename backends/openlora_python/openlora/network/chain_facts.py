@@ -139,18 +139,17 @@ class _Reading:
         return sorted(found, key=lambda log: (log["blockNumber"], log["logIndex"]))
 
     def _checked(self, logs: list[LogReceipt], last: int) -> tuple[list[ChainEvent], list[BlockHeader]]:
+        events = [(event, bytes(log["blockHash"])) for log in logs if (event := self._decoder.event(log)) is not None]
         headers: dict[int, BlockHeader] = {}
-        for number in [*(log["blockNumber"] for log in logs), last]:
-            if number not in headers:
-                header = header_of(self._web3, self._deployment, number)
-                if header is None:
-                    raise _Moved(f"block {number} is gone")
-                headers[number] = header
-        for log in logs:
-            if bytes(log["blockHash"]) != headers[log["blockNumber"]].hash:
-                raise _Moved(f"block {log['blockNumber']} was replaced")
-        events = [event for log in logs if (event := self._decoder.event(log)) is not None]
-        return events, list(headers.values())
+        for number in {event.block for event, _ in events} | {last}:
+            header = header_of(self._web3, self._deployment, number)
+            if header is None:
+                raise _Moved(f"block {number} is gone")
+            headers[number] = header
+        for event, block_hash in events:
+            if block_hash != headers[event.block].hash:
+                raise _Moved(f"block {event.block} was replaced")
+        return [event for event, _ in events], list(headers.values())
 
     def _headers(self, target: int) -> dict[int, BlockHeader]:
         headers = self._cache.headers(target)
