@@ -132,7 +132,7 @@ def in_cache(state):
 
 def left_over(state):
     """Everything in the cache that is no adapter."""
-    areas = (".lock", ".fetching")
+    areas = (".lock", ".leases", ".fetching")
     return [str(path) for path in (state / "adapters").rglob(".*/**/*")] + [
         entry.name for entry in (state / "adapters").glob(".*") if entry.name not in areas
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import Overloaded
 from .catalog import AdapterRecord
@@ -20,13 +20,17 @@ def irreplaceable(records: Iterable[AdapterRecord]) -> set[str]:
 
 
 def evictions(
-    copies: Sequence[CachedCopy], kept: set[str], more: int, limits: SourceLimits, now: float | None = None
+    copies: Sequence[CachedCopy],
+    stays: Callable[[str], bool],
+    more: int,
+    limits: SourceLimits,
+    now: float | None = None,
 ) -> list[str]:
     """What has to go, in this order, so that `more` bytes fit into the quota.
 
     Args:
-        kept: digests that must stay. What was used within `limits.keep_seconds` stays as well: a request may be about
-            to load it.
+        stays: whether a digest must not go. What was used within `limits.keep_seconds` stays as well: a request may be
+            on its way to it.
         now: seconds since 1970; default: the clock's.
 
     Raises:
@@ -40,7 +44,7 @@ def evictions(
     for copy in sorted(copies, key=lambda copy: (copy.last_used, copy.digest)):
         if over <= 0:
             break
-        if copy.digest not in kept and copy.last_used < oldest:
+        if copy.last_used < oldest and not stays(copy.digest):
             chosen.append(copy.digest)
             over -= copy.size
     if over > 0:

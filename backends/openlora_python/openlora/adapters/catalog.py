@@ -161,6 +161,23 @@ class Catalog:
                 self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (record.version, name))
             return find(self._connection, name, None)
 
+    def learn(self, name: str, digest: str, rank: int, target_modules: Collection[str]) -> None:
+        """What the bytes of a version say, in place of what was said of them before they were here."""
+        found = (rank, " ".join(target_modules))
+        self._connection.execute(
+            "UPDATE adapters SET rank = ?, target_modules = ? "
+            "WHERE name = ? AND digest = ? AND removed_at IS NULL AND (rank, target_modules) <> (?, ?)",
+            (*found, name, digest, *found),
+        )
+
+    def quarantine(self, digest: str, base: str, reason: str) -> None:
+        """The bytes of every version with this digest can't be applied to the base model `base`."""
+        self._connection.execute(
+            "UPDATE adapters SET status = 'quarantined', reason = ?, source_state = '' "
+            "WHERE digest = ? AND base = ? AND status = 'ready' AND removed_at IS NULL",
+            (reason, digest, base),
+        )
+
     def pin(self, name: str, pinned: bool = True) -> None:
         """Ask that the current version of `name`, whichever that is, stays in memory, or no longer.
 
