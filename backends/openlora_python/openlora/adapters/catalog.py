@@ -14,7 +14,17 @@ from typing import Literal
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 from ..transaction import transaction
-from .catalog_rows import NAME, AdapterFilter, AdapterRecord, BaseFacts, Page, find, select, select_page
+from .catalog_rows import (
+    NAME,
+    AdapterFilter,
+    AdapterRecord,
+    BaseFacts,
+    Page,
+    find,
+    select,
+    select_irreplaceable,
+    select_page,
+)
 
 RESERVED_NAMES = ("base",)
 BUSY_SECONDS = 10.0
@@ -331,6 +341,14 @@ class CatalogReader:
     def records(self) -> list[AdapterRecord]:
         """All versions that aren't removed, by name and version."""
         return self.page().records
+
+    def irreplaceable(self) -> set[str]:
+        """Digests that a version needs and no remote source could bring again (local ones, merges), and pinned ones.
+
+        Quarantined ones too: another base model may make them ready.
+        """
+        with self._lock:
+            return select_irreplaceable(self._connection)
 
     def page(self, wanted: AdapterFilter | None = None, after: str = "", limit: int | None = None) -> Page:
         """The versions that are `wanted` (None: all) of at most `limit` names (None: all) that sort after `after`."""

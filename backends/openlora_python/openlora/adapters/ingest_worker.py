@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import msgspec
 from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
 from .base_modules import BaseModules, base_modules
-from .cache_quota import evictions, irreplaceable
+from .cache_quota import evictions
 from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
 from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
@@ -225,7 +225,8 @@ class Ingester:
         """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
         if self._limits.cache_bytes is None:
             return []
-        kept = irreplaceable(known_records(self._state_dir))
+        with closing(CatalogReader(self._state_dir / CATALOG_FILE)) as reader:
+            kept = reader.irreplaceable()
         return evictions(
             self._store.copies(), lambda digest: digest in kept or self._store.is_leased(digest), more, self._limits
         )
@@ -306,11 +307,8 @@ def result_of(record: AdapterRecord, change: Literal["added", "updated", "unchan
 
 def known_records(state_dir: Path) -> list[AdapterRecord]:
     """All versions in the catalog that aren't removed."""
-    reader = CatalogReader(state_dir / CATALOG_FILE)
-    try:
+    with closing(CatalogReader(state_dir / CATALOG_FILE)) as reader:
         return reader.records()
-    finally:
-        reader.close()
 
 
 def main() -> None:
