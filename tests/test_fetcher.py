@@ -26,7 +26,7 @@ from openlora.adapters.commands import adapters_app
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import check_result, job_of
 from openlora.adapters.ingest_worker import IngestResult, known_records
-from openlora.adapters.leases import Leases
+from openlora.adapters.leases import Leases, unleased
 from openlora.adapters.manifest import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_manifest
 from openlora.adapters.sources import SourceLimits
 from openlora.adapters.store import AdapterStore
@@ -275,23 +275,26 @@ def test_a_lease_ends_with_its_process_and_counts_its_holders(tmp_path):
 
 
 def test_of_two_leases_of_a_process_the_last_one_counts(tmp_path):
-    look = (
-        "import sys; from pathlib import Path; from openlora.adapters.store import AdapterStore\n"
-        "print(AdapterStore(Path(sys.argv[1])).is_leased(sys.argv[2]))\n"
-    )
-    digest = "ab" * 32
-    leases = Leases(tmp_path)
-
-    def leased() -> bool:
-        done = subprocess.run([sys.executable, "-c", look, str(tmp_path), digest], capture_output=True, check=True)
-        return done.stdout == b"True\n"
-
+    store, leases, digest = AdapterStore(tmp_path), Leases(tmp_path), "ab" * 32
     leases.take(digest)
     leases.take(digest)
     leases.give_back(digest)
-    assert leased()
+    assert store.is_leased(digest)
     leases.give_back(digest)
-    assert not leased()
+    assert not store.is_leased(digest)
+
+
+def test_a_lease_waits_for_a_copy_that_is_leaving(tmp_path):
+    store, leases, digest = AdapterStore(tmp_path), Leases(tmp_path), "ab" * 32
+    with unleased(tmp_path, digest) as free:
+        assert free
+        taking = threading.Thread(target=leases.take, args=(digest,))
+        taking.start()
+        assert store.is_leased("cd" * 32) is False  # which opens and closes the same file
+        taking.join(0.2)
+        assert taking.is_alive()
+    taking.join(10)
+    assert store.is_leased(digest)
 
 
 async def test_requests_that_wait_for_bytes_are_bounded(tmp_path):
