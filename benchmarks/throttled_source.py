@@ -23,6 +23,7 @@ class Throttled(SimpleHTTPRequestHandler):
     """Each answer by itself is sent at `bytes_per_second`."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as servers do: else a small file waits for the acknowledgement of its headers
 
     def __init__(self, *arguments: object, bytes_per_second: float, **more: object) -> None:
         self._bytes_per_second = bytes_per_second

@@ -19,8 +19,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from ..adapters import http_source  # noqa: F401 - the driver of most sources, loaded before anybody waits for it
 from ..adapters.catalog import Catalog, CatalogReader
+from ..adapters.http_source import trusted_certificates
 from ..adapters.ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Ingester, IngestJob, IngestResult
 from ..adapters.remote_ingest import RemoteIngest
 from ..adapters.sources import is_uri, parse_uri
@@ -63,6 +63,7 @@ class Fetcher:
 
     async def run(self) -> None:
         """Serve until the process ends."""
+        trusted_certificates()  # before anybody waits for them
         self._remote.sweep()
         with zmq.asyncio.Context.instance().socket(zmq.ROUTER) as self._clients:
             self._clients.setsockopt(zmq.SNDHWM, 0)
