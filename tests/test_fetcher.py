@@ -184,6 +184,18 @@ async def test_a_server_that_hangs_holds_up_no_other_server(state, base, http, o
             await asyncio.gather(poet, cook)
 
 
+async def test_a_damaged_copy_is_brought_anew(state, base, http, digests):
+    store = known(state, base, http, {"poet": digests["poet"]})
+    with running_fetcher(state, base, LIMITS) as fetcher:
+        async with client_of(fetcher.address) as asking:
+            await asking.client.fetch(digests["poet"], "poet")
+            os.truncate(store.path(digests["poet"]) / WEIGHTS_FILE, 1000)
+            assert not store.holds(digests["poet"])
+            await asking.client.fetch(digests["poet"], "poet")
+    assert adapter_manifest(store.path(digests["poet"])).digest == digests["poet"]
+    assert [entry.name for entry in store.directory.glob("[!.]*")] == [digests["poet"]]
+
+
 async def test_what_can_not_be_fetched_is_said_with_the_name(state, base, http, digests):
     known(state, base, http, {"poet": digests["poet"]})
     with Catalog(state / "catalog.sqlite") as catalog:

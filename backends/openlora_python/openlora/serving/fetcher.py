@@ -46,10 +46,10 @@ class Fetcher:
 
     def __init__(self, config: FetcherConfig) -> None:
         state_dir = Path(config.state_dir)
-        store = AdapterStore(state_dir / CACHE_DIRECTORY)
+        self._store = AdapterStore(state_dir / CACHE_DIRECTORY)
         catalog = Catalog(state_dir / CATALOG_FILE)
-        ingester = Ingester(state_dir, config.base, catalog, store, _ignore, config.limits)
-        self._remote = RemoteIngest(ingester, store, state_dir, config.limits, _ignore)
+        ingester = Ingester(state_dir, config.base, catalog, self._store, _ignore, config.limits)
+        self._remote = RemoteIngest(ingester, self._store, state_dir, config.limits, _ignore)
         self._reader = CatalogReader(state_dir / CATALOG_FILE)
         self._threads = ThreadPoolExecutor(SERVERS * config.limits.parallel)
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(
@@ -106,6 +106,8 @@ class Fetcher:
         if record.status != "ready":
             raise AdapterInvalid(record.reason)
         if not is_uri(record.source):
+            if self._store.path(digest).is_dir():
+                return  # damaged, and nobody can bring it anew: the engine says what is wrong with it
             raise Unavailable(not_fetchable(name))
         job = IngestJob(name, record.source, digest=digest, restores=record.version)
         uri = parse_uri(record.source)
