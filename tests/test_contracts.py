@@ -1,4 +1,4 @@
-"""The contracts: artifacts are what the sources compile to, forge's tests hold, and transactions cost what is recorded."""
+"""Contracts: the artifacts are those of the sources, forge's tests hold, transactions cost what is recorded."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ NEXT_ANCHOR_GAS = 45_000
 NEXT_CLAIM_GAS = 68_000
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=CONTRACTS, capture_output=True, text=True, timeout=280)
+def run(command: list[str], timeout: int = 280, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=CONTRACTS, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     return done.stdout
 
@@ -47,6 +49,13 @@ def test_forge() -> None:
     said = run([str(find_tool("forge")), "test"])
     passed = re.search(r"(\d+) tests passed, 0 failed, 0 skipped", said)
     assert passed is not None and int(passed[1]) >= 120, said[-2000:]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_forge_with_longer_invariants_and_more_cases() -> None:
+    said = run([str(find_tool("forge")), "test"], timeout=3500, FOUNDRY_PROFILE="soak")
+    assert re.search(r"(\d+) tests passed, 0 failed, 0 skipped", said) is not None, said[-2000:]
 
 
 def test_golden_vectors_come_out_of_viem_and_openzeppelins_tree(tmp_path: Path) -> None:
