@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from attribution_cases import ALICE, request_id, salt, serve_receipts
+from attribution_cases import ALICE, python_environment, request_id, salt, serve_receipts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from second_settlement import Export, tree_root
 from typer.testing import CliRunner
 
 from openlora.attribution.checkpoint import Checkpoint, sign_checkpoint
@@ -347,3 +351,32 @@ def test_a_shorter_checkpoint_needs_its_own_bundles(served: Path, tmp_path: Path
     assert len(list(LogExport(export).leaves(0, BUNDLE))) == BUNDLE
     with pytest.raises(ReceiptInvalid, match="bundle 1 is missing"):
         list(LogExport(export).leaves(BUNDLE))
+
+
+def test_a_reader_made_from_the_page_alone_reads_the_same(served: Path, tmp_path: Path) -> None:
+    assert run("export", tmp_path / "export", "--state-dir", served)[0] == 0
+    ours, theirs = LogExport(tmp_path / "export"), Export(tmp_path / "export")
+    assert (theirs.log_id, theirs.size, theirs.leaves) == (ours.key.log_id, ours.size, list(ours.leaves()))
+    assert theirs.signatures == [ours.signature(seq) for seq in range(ours.size)]
+    assert tree_root(theirs.leaves) == ours.checkpoint.root
+    assert theirs.blob(hashlib.sha256(REFERENCE.preimage).digest()) == REFERENCE.preimage
+
+
+def test_verifying_a_proof_imports_no_server_part(served: Path) -> None:
+    script = (
+        "import sys; from openlora.attribution.proof import parse_proof, verify_proof; "
+        "print(verify_proof(parse_proof(sys.stdin.buffer.read()), None).receipt.known); print(*sys.modules)"
+    )
+    with closing(ReceiptLog.open(served, read_only=True)) as log:
+        proof = str(prove(log, 4)).encode()
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=proof,
+        env=python_environment(),
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    known, modules = done.stdout.decode().splitlines()
+    assert known == "False"
+    assert {"sqlite3", "torch", "zmq", "httpx", "openlora.attribution.log"}.isdisjoint(modules.split())
