@@ -69,6 +69,7 @@ class IntentFrame(msgspec.Struct, frozen=True, array_like=True, tag=1):
     in_tokens: Tokens
     started_at: Seconds
     accounts: tuple[str, ...] = ()  # of the quota ledger; older journals have none
+    registry: bytes = b""  # RegistryReference.preimage, or nothing; older journals have none
 
 
 class ProgressFrame(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -164,8 +165,8 @@ class Mark:
     """A position in a small file that one process moves and others read.
 
     `durable`, moved by the journal's writer after each fdatasync, bounds what readers may see: a receipt made from a
-    frame that a power cut takes back could never be taken back itself. `projected`, moved by the receipt log after
-    its own commit, bounds what the writer may erase. Marks are not synced: after a power cut an old one
+    frame that a power cut takes back could never be taken back itself. `projected`, moved by the receipt log when a
+    checkpoint covers what it has, bounds what the writer may erase. Marks are not synced: after a power cut an old one
     only means less is seen or erased until it moves again.
     """
 

@@ -41,6 +41,7 @@ from openlora.attribution.frames import (
 )
 from openlora.attribution.reader import JournalReader
 from openlora.attribution.recovery import JournalState, RecoveryReport, scan_journal
+from openlora.attribution.registry_reference import RegistryReference
 from openlora.attribution.segment import SegmentWriter
 from openlora.errors import Internal, NotAuthenticated, Overloaded, Unavailable
 
@@ -162,6 +163,8 @@ class Journal:
         """
         for frame in frames:
             check_blobs(frame.base_digest, frame.runtime, frame.adapters, frame.terms)
+            if frame.registry:
+                RegistryReference.parse(frame.registry)
         encoded = [encode_checked(frame) for frame in frames]
         with self._queue_changed:
             self._refuse_if_stopped()

@@ -54,7 +54,7 @@ def load_keys(directory: Path, *, create: bool) -> LogKeys:
         directory.chmod(0o700)
         for name in ("receipt.key", "checkpoint.key"):
             _create(directory / name)
-    receipt, checkpoint = (_load(directory / name) for name in ("receipt.key", "checkpoint.key"))
+    receipt, checkpoint = (load_key(directory / name) for name in ("receipt.key", "checkpoint.key"))
     return LogKeys(PrivateKey(receipt), Ed25519PrivateKey.from_private_bytes(checkpoint))
 
 
@@ -74,7 +74,13 @@ def _create(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def _load(path: Path) -> bytes:
+def load_key(path: Path, *, create: bool = False) -> bytes:
+    """The 32 bytes of a key file; a new one if there is none and `create` says so.
+
+    Internal: it can't be read, can be read by others, or has another form.
+    """
+    if create:
+        _create(path)
     try:
         mode = path.stat().st_mode & 0o777
         content = path.read_bytes()

@@ -72,6 +72,12 @@ class Receipt:
     payment_ref: bytes
     compute_proof: bytes
 
+    @property
+    def blob_hashes(self) -> tuple[bytes, ...]:
+        """The hashes of the blobs beside the receipt: runtime, adapters, terms, and the registry reference if any."""
+        hashes = (self.runtime_hash, self.adapters_hash, self.terms_hash)
+        return hashes if self.registry_ref == ZERO32 else (*hashes, self.registry_ref)
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -152,7 +158,7 @@ class UnsignedReceipt:
 
     receipt: Receipt
     leaf: bytes
-    blobs: tuple[bytes, bytes, bytes]  # runtime, adapters, terms
+    blobs: tuple[bytes, ...]  # in the order of `Receipt.blob_hashes`
 
 
 def receipt_from_frames(
@@ -170,8 +176,9 @@ def receipt_from_frames(
         canonical(RUNTIME_TAG, intent.runtime),
         canonical(ADAPTERS_TAG, intent.adapters),
         canonical(TERMS_TAG, intent.terms),
+        *([intent.registry] if intent.registry else []),
     )
-    runtime_hash, adapters_hash, terms_hash = (hashlib.sha256(blob).digest() for blob in blobs)
+    runtime_hash, adapters_hash, terms_hash, *registry = (hashlib.sha256(blob).digest() for blob in blobs)
     receipt = Receipt(
         log_id=log_id,
         seq=completion.seq,
@@ -181,7 +188,7 @@ def receipt_from_frames(
         runtime_hash=runtime_hash,
         adapters_hash=adapters_hash,
         terms_hash=terms_hash,
-        registry_ref=ZERO32,
+        registry_ref=registry[0] if registry else ZERO32,
         prompt_commit=intent.prompt_commit,
         output_commit=completion.output_commit,
         in_tokens=intent.in_tokens,

@@ -14,6 +14,7 @@ from typing import Any
 from openlora.attribution.commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG
 from openlora.attribution.log_key import LogKey
 from openlora.attribution.receipt import RECEIPT_SCHEMA, Receipt, encode_leaf
+from openlora.attribution.registry_reference import RegistryReference
 from openlora.errors import ReceiptInvalid
 
 _MAX_DEPTH = 32
@@ -29,16 +30,20 @@ def receipt_document(
     blobs: Sequence[bytes],
     salts: tuple[bytes, bytes] | None,
 ) -> dict[str, Any]:
-    """A receipt as JSON: integers as they are, bytes as 0x hex, blobs (given as hashed: tag and JSON) as objects."""
+    """A receipt as JSON: integers as they are, bytes as 0x hex, blobs as objects.
+
+    Blobs are given as they were hashed, in the order of `Receipt.blob_hashes`.
+    """
     named = {field.name: getattr(receipt, field.name) for field in fields(receipt)}
     document: dict[str, Any] = {"schema": f"0x{RECEIPT_SCHEMA:04x}"}
     document |= {name: "0x" + value.hex() if isinstance(value, bytes) else value for name, value in named.items()}
     document["leaf"] = "0x" + encode_leaf(receipt).hex()
     document["signature"] = "0x" + signature.hex()
     document["signer"] = key.signer
-    document["blobs"] = {
-        name: json.loads(blob.removeprefix(tag)) for (name, tag), blob in zip(BLOB_TAGS.items(), blobs, strict=True)
-    }
+    named_blobs = dict(zip((*BLOB_TAGS, "registry")[: len(receipt.blob_hashes)], blobs, strict=True))
+    document["blobs"] = {name: json.loads(named_blobs[name].removeprefix(tag)) for name, tag in BLOB_TAGS.items()}
+    if "registry" in named_blobs:
+        document["blobs"]["registry"] = RegistryReference.parse(named_blobs["registry"]).document
     if salts is not None:
         document["salts"] = {"prompt": "0x" + salts[0].hex(), "output": "0x" + salts[1].hex()}
     document["log"] = key.line

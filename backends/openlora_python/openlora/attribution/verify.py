@@ -6,6 +6,7 @@ is "consistent, log unknown".
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ from openlora.attribution.commitments import blob_hash, output_commitment, promp
 from openlora.attribution.log_key import LogKey
 from openlora.attribution.receipt import (
     RECEIPT_SCHEMA,
+    ZERO32,
     Receipt,
     ReceiptHasher,
     encode_leaf,
@@ -23,6 +25,7 @@ from openlora.attribution.receipt import (
     recover_signer,
 )
 from openlora.attribution.receipt_json import BLOB_TAGS
+from openlora.attribution.registry_reference import RegistryReference
 from openlora.errors import InvalidArgument, ReceiptInvalid
 
 _HEX = re.compile(r"0x(?:[0-9a-f]{2})*")
@@ -76,11 +79,15 @@ def _verify(document: Mapping[str, Any], pinned: LogKey | None, prompt: str | No
 
 def _check_content(receipt: Receipt, blobs: Any) -> None:
     """The blobs are those that were hashed, fit each other, and give the price."""
-    _require_keys("blobs", blobs, set(BLOB_TAGS))
+    _require_keys("blobs", blobs, {*BLOB_TAGS, *(["registry"] if receipt.registry_ref != ZERO32 else [])})
     terms = check_blobs(receipt.base_model.hex(), *(blobs[name] for name in BLOB_TAGS))
     for name, tag in BLOB_TAGS.items():
         if blob_hash(tag, blobs[name]) != getattr(receipt, f"{name}_hash"):
             raise ReceiptInvalid(f"the blob is not the one that {name}_hash names", field=f"blobs.{name}")
+    if receipt.registry_ref != ZERO32:
+        reference = RegistryReference.from_document(blobs["registry"])
+        if hashlib.sha256(reference.preimage).digest() != receipt.registry_ref:
+            raise ReceiptInvalid("the block is not the one that registry_ref names", field="blobs.registry")
     due = receipt_price(receipt.status, terms, receipt.in_tokens, receipt.out_tokens)
     if receipt.price != due:
         raise ReceiptInvalid(f"{receipt.price}, but tokens and terms give {due}", field="price")
