@@ -161,6 +161,29 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: Path, mode: int = 0o777) -> None:
+    """Make a directory and what is missing above it, durably: what is synced in a directory that is lost is lost."""
+    if not directory.parent.is_dir():
+        make_directory(directory.parent)
+    directory.mkdir(mode, exist_ok=True)
+    sync_directory(directory.parent)
+
+
+def write_again(path: Path, start: int = 0) -> None:
+    """Make what a file says from `start` on durable, although a sync of it may have failed in a process that is gone.
+
+    Such a failure takes the kernel's marks of what is not on the disk yet: reads show it, and the next sync
+    succeeds without it. Only new writes are written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        while chunk := os.pread(descriptor, 1 << 20, start):
+            start += os.pwrite(descriptor, chunk, start)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Mark:
     """A position in a small file that one process moves and others read.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from openlora.attribution.checkpoint import Checkpoint, sign_checkpoint
 from openlora.attribution.file_identity import file_identity
-from openlora.attribution.frames import Position, sync_directory
+from openlora.attribution.frames import Position, make_directory, sync_directory
 from openlora.attribution.keys import LogKeys, load_keys
 from openlora.attribution.log_database import (
     connect,
@@ -103,7 +103,7 @@ class ReceiptLog:
         path = state_dir / "log" / "receipts.sqlite"
         if read_only:
             return cls(path, _connect_to_read(path), None, None)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(path.parent, 0o700)
         lock = lock_log(path.parent, wait)
         try:
             finish_rotation(state_dir)
@@ -112,7 +112,7 @@ class ReceiptLog:
             keys = load_keys(state_dir / "keys", create=new)
             if new:
                 create_log(connection, path, _new_key(keys, origin))
-                sync_directory(path.parent)
+            sync_directory(path.parent)  # SQLite does this for the write-ahead log, but takes an error for success
             migrate(connection, path)
             log = cls(path, connection, keys, lock)
             if (log.key.signer, log.key.checkpoint_key) != (keys.signer, keys.checkpoint_public):
