@@ -143,9 +143,7 @@ class Site:
             self._durable.put(seq)
 
         commit, now = intent.prompt_commit, int(time.time())
-        self.journal.append_completion(
-            intent.request_id, STATUS_COMPLETE, 50, commit, now, durable, self.errors.append
-        )
+        self.journal.append_completion(intent.request_id, STATUS_COMPLETE, 50, commit, now, durable, self.errors.append)
 
     def close(self) -> None:
         self.journal.close()

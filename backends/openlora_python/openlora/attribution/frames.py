@@ -94,6 +94,9 @@ class CompletionFrame(msgspec.Struct, frozen=True, array_like=True, tag=3):
 Frame = SegmentHeader | IntentFrame | ProgressFrame | CompletionFrame
 
 
+_decode = msgspec.msgpack.Decoder(Frame).decode
+
+
 class Entry(NamedTuple):
     """A frame and where it lies."""
 
@@ -117,7 +120,7 @@ def encode_checked(frame: IntentFrame | CompletionFrame) -> bytes:
     """`encode_frame`, refusing fields out of range before they are written: readers would stop at them for ever."""
     encoded = encode_frame(frame)
     try:
-        msgspec.msgpack.decode(memoryview(encoded)[_LENGTH.size : -_HASH_BYTES], type=Frame)
+        _decode(memoryview(encoded)[_LENGTH.size : -_HASH_BYTES])
     except msgspec.ValidationError as error:
         item = _ITEM.search(str(error))  # the payload is an array: the type, then the fields
         field = frame.__struct_fields__[int(item[1]) - 1] if item else "journal frame"
@@ -138,7 +141,7 @@ def decode_frame(buffer: bytes, offset: int) -> tuple[Frame, int] | None:
     if hashlib.sha256(payload).digest() != buffer[start + length : end]:
         return None
     try:
-        return msgspec.msgpack.decode(payload, type=Frame), end
+        return _decode(payload), end
     except msgspec.ValidationError as error:
         raise Internal(f"a journal frame at offset {offset} has an unknown form: {error}") from error
 
@@ -208,9 +211,13 @@ class Mark:
         """Where the mark stands; None where there is none or a power cut left it unreadable."""
         for _ in range(8):  # a read that met a write half-way is read again
             try:
-                packed = self.path.read_bytes()
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return None
+            try:
+                packed = os.read(descriptor, _MARK.size + 1)
+            finally:
+                os.close(descriptor)
             if len(packed) == _MARK.size:
                 segment, offset, check = _MARK.unpack(packed)
                 if hashlib.sha256(packed[:16]).digest()[:8] == check:

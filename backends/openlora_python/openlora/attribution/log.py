@@ -41,6 +41,7 @@ from openlora.transaction import transaction
 KEPT_CHECKPOINTS = 1_000  # the newest ones; the tree gives the roots of all others
 
 _PAGE = 50_000
+_KNOWN_BLOBS = 10_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class ReceiptLog:
         self._hasher = ReceiptHasher(self.key.log_id)
         self._statements = threading.RLock()
         self._has_checkpoints = version_of(connection) > 0  # a file that is only read may be of an older version
+        self._known_blobs: set[bytes] = set()  # some of those that are in the file
 
     @classmethod
     def open(
@@ -287,12 +289,16 @@ class ReceiptLog:
             execute("BEGIN IMMEDIATE")
             try:
                 many("INSERT INTO receipts VALUES (?, ?, ?, ?, ?)", receipts)
-                many("INSERT OR IGNORE INTO blobs VALUES (?, ?)", list(blobs.items()))
+                new_blobs = [blob for blob in blobs.items() if blob[0] not in self._known_blobs]
+                many("INSERT OR IGNORE INTO blobs VALUES (?, ?)", new_blobs)
                 many("INSERT INTO salts VALUES (?, ?, ?)", salts)
                 sql = "UPDATE log SET low_segment = ?, low_offset = ? WHERE successor IS NULL"
                 if execute(sql, low_water).rowcount != 1:
                     raise Internal(f"the log in {self.path} is closed")
                 execute("COMMIT")
+                if len(self._known_blobs) > _KNOWN_BLOBS:
+                    self._known_blobs.clear()
+                self._known_blobs.update(blobs)
             except sqlite3.IntegrityError as error:
                 raise Internal(f"the log has a receipt already: {error}") from error
             finally:
