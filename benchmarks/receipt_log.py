@@ -1,13 +1,15 @@
-"""What a receipt costs: journal, group commit, projection into the signed log; in this process, on the disk of `--work`.
+"""What a receipt costs: journal, group commit, projection into the signed log; in this process, on the disk of
+`--work`.
 
     python benchmarks/receipt_log.py --work var/receipts
 
-`sustained`: requests as fast as they go, a bounded number at once; receipts a second, and CPU time for each of the whole
-process (encode intent and completion, append, sync, read again, encode, hash, sign, SQLite). `open-loop`: completions at
-a fixed rate, whoever is slow; the time from handing a completion over until it is durable in the journal, and until its
-receipt is durable in the log, which is when an answer's last response may leave. `document`: the CPU time to make the
-JSON that the client gets. Beside each the time of a raw `fdatasync` on the same disk just before. One JSON line a run, then a
-table of medians.
+`sustained`: requests as fast as they go, a bounded number at once; receipts a second, and CPU time for each of the
+whole process (encode intent and completion, append, sync, read again, encode, hash, sign, SQLite). `open-loop`:
+completions at a fixed rate, whoever is slow; the time from handing a completion over until it is durable in the
+journal, and until its receipt is durable in the log: the latter is what an answer's last response waits for, and the
+gate. Beside both the time of a raw `fdatasync` on the same disk just before. `document`: the CPU time to make the JSON
+that the client gets. `tree`: a million receipts' tree from their hashes (the frontier for checkpoints, all of it for
+proofs), and the time to verify a proof file under it. One JSON line a run, then a table of medians.
 """
 
 from __future__ import annotations
@@ -29,19 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from receipt_requests import Requests
+from receipt_tree import tree
 from rich.console import Console
 from rich.table import Table
 
-from openlora.attribution.blobs import adapters_blob, terms_blob
-from openlora.attribution.card import parse_card
 from openlora.attribution.journal import STATUS_COMPLETE, IntentFrame, Journal
 from openlora.attribution.log import ReceiptLog
 from openlora.attribution.projection import Projector
-from openlora.engine.api import WEIGHT_ONE, AdapterUse
 
-OWNERS = ("0x7E5F4552091A69125d5DfCb7b8C2659029395Bdf", "0x2B5AD5c4795c026514f8317c7a215E218DcCD6cF")
-BASE = "ba" * 32
-TERMS = 200  # different adapters that are in use, each with its terms
 AT_ONCE = 512  # requests under way in `sustained`
 AHEAD = 200  # intents that are durable before their completion is due, in `open-loop`
 RAW_SYNCS = 300
@@ -51,6 +49,9 @@ GATES = {
     "cpu_us": ("<=", 150),
     "logged_ms_p50": ("<=", 1),
     "logged_ms_p99": ("<=", 10),
+    "frontier_s": ("<=", 3),
+    "tree_s": ("<=", 3),
+    "proof_ms": ("<=", 2),
 }
 
 
@@ -73,54 +74,9 @@ def raw_sync(directory: Path) -> dict[str, float]:
     return percentiles("fdatasync", taken)
 
 
-class Requests:
-    """Intents of requests for many adapters with cards, as generation makes them."""
-
-    def __init__(self) -> None:
-        self._blobs = [self._of_adapter(f"{number:064x}") for number in range(TERMS)]
-        self._runtime = {"engine": "torch", "version": "1", "dtype": "bfloat16", "quantization": "none"}
-
-    def intents(self, count: int) -> list[IntentFrame]:
-        salts = np.random.default_rng(1).bytes(96 * count)
-        return [self._intent(number, salts[96 * number : 96 * number + 96]) for number in range(count)]
-
-    def _intent(self, number: int, random: bytes) -> IntentFrame:
-        adapters, terms = self._blobs[number % TERMS]
-        return IntentFrame(
-            request_id=f"{number:064x}",
-            caller="caller",
-            label=f"{number}",
-            base_digest=BASE,
-            runtime=self._runtime,
-            adapters=adapters,
-            terms=terms,
-            prompt_salt=random[:32],
-            output_salt=random[32:64],
-            prompt_commit=random[64:],
-            in_tokens=100,
-            started_at=int(time.time()),
-        )
-
-    def _of_adapter(self, digest: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        contributors = [
-            {"name": f"{place}", "address": owner, "share_ppm": 500_000} for place, owner in enumerate(OWNERS)
-        ]
-        dataset = {"id": "corpus", "digest": "da" * 32, "licence": "MIT", "share_ppm": 1_000_000}
-        card = parse_card(
-            {
-                "schema": 1,
-                "owner": OWNERS[0],
-                "licence": "MIT",
-                "prices": {"version": 1, "input": 500_000, "output": 1_500_000},
-                "datasets": [dataset | {"contributors": contributors}],
-            }
-        )
-        return adapters_blob([AdapterUse(digest, "", WEIGHT_ONE)]), terms_blob((BASE, card), [(digest, card)])
-
-
 @dataclass
 class Site:
-    """A journal and a log, and the thread that projects as the attribution step does: woken by completions, in batches."""
+    """A journal and a log, and a thread that projects as the attribution step does: woken, in batches."""
 
     state: Path
     on_logged: Callable[[range], None] = lambda new: None
@@ -293,13 +249,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each run")
     parser.add_argument("--rate", type=int, default=1000, help="of the open loop, receipts a second")
-    parser.add_argument("--case", choices=("sustained", "open-loop", "document"), action="append")
+    parser.add_argument("--case", choices=("sustained", "open-loop", "document", "tree"), action="append")
     parser.add_argument("--json", type=Path, help="append the lines to this file too")
     given = parser.parse_args()
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "sustained": lambda: sustained(given.work, given.seconds),
         "open-loop": lambda: open_loop(given.work, given.seconds, given.rate),
         "document": lambda: document(given.work),
+        "tree": tree,
     }
     lines: list[dict[str, Any]] = []
     for case in given.case or cases:

@@ -1,7 +1,7 @@
 """A journal and a log under load, what they acknowledged, and whether what is left of them holds it.
 
-`python durability_cases.py ROOT SEED FIRST COUNT [--die]` writes and projects usage in the state directory ROOT/state and
-says by lines in the file ROOT/said what was acknowledged; with `--die` it ends where a disk error is seen.
+`python durability_cases.py ROOT SEED FIRST COUNT [--die]` writes and projects usage in the state directory ROOT/state
+and says by lines in the file ROOT/said what was acknowledged; with `--die` it ends where a disk error is seen.
 `write_usage` and `project_usage` are its halves, for processes of their own.
 """
 
@@ -23,9 +23,11 @@ from pathlib import Path
 
 from attribution_cases import commit_of, make_intent, request_id
 
+from openlora.attribution.checkpointer import Checkpointer
 from openlora.attribution.frames import IntentFrame, list_segments, make_directory, segment_path
 from openlora.attribution.journal import STATUS_ABORTED, STATUS_COMPLETE, Journal, JournalReader, ProgressFrame
 from openlora.attribution.log import LoggedReceipt, ReceiptLog
+from openlora.attribution.merkle_tree import MerkleTree
 from openlora.attribution.projection import Projector
 from openlora.errors import Unavailable
 
@@ -100,12 +102,17 @@ def project_usage(state: Path, say: Say, seed: int, ended: Callable[[], bool], o
     """The real projection into the real log; says which receipts an answer could leave with."""
     chance = random.Random(seed)
     with ReceiptLog.open(state) as log:
-        projector = Projector(state / "journal", log)
+        log.take_custody()  # the files of a test are copies
+        projector, checkpointer = Projector(state / "journal", log), Checkpointer(log)
         say("log")
         while True:
             last = ended()
             try:
                 new = projector.project(chance.randint(1, 8))
+                if chance.random() < 0.2 and checkpointer.sign_due(now=True):
+                    projector.release(checkpointer.signed_size)
+                    if (signed := log.newest_checkpoint()) is not None:
+                        say(f"checkpoint {signed.size} {signed.root.hex()}")
             except sqlite3.Error as error:
                 if on_error is None:
                     raise
@@ -130,6 +137,7 @@ class Acknowledged:
     intents: set[str] = field(default_factory=set)
     completions: dict[int, str] = field(default_factory=dict)  # number → request id
     receipts: dict[int, str] = field(default_factory=dict)  # number → digest of its bytes
+    checkpoints: dict[int, str] = field(default_factory=dict)  # size → root
 
     def take(self, line: str) -> None:
         match line.split():
@@ -139,6 +147,8 @@ class Acknowledged:
                 self.completions[int(seq)] = request_id(int(number))
             case ["receipt", seq, digest]:
                 assert self.receipts.setdefault(int(seq), digest) == digest, f"receipt {seq} has changed"
+            case ["checkpoint", size, root]:
+                assert self.checkpoints.setdefault(int(size), root) == root, f"two checkpoints of {size}"
 
 
 def check_books(state: Path, told: Acknowledged, archive: Path) -> None:
@@ -160,6 +170,11 @@ def check_books(state: Path, told: Acknowledged, archive: Path) -> None:
         assert seq < len(receipts), f"receipt {seq} was delivered and is gone; there are {len(receipts)}"
         assert receipt_digest(receipts[seq]) == digest, f"receipt {seq} was delivered with other bytes"
     assert told.intents <= set(names), "an acknowledged intent has no receipt"
+    tree = MerkleTree(one.leaf_hash for one in receipts)
+    for size, root in told.checkpoints.items():
+        assert tree.root(size).hex() == root, f"the checkpoint of {size} is not of these receipts"
+    with ReceiptLog.open(state) as log:
+        Checkpointer(log)  # that the log is what it has signed
 
     undisturbed = archive.with_name(archive.name + ".whole")
     shutil.copytree(state, undisturbed)

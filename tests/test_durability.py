@@ -16,9 +16,10 @@ from pathlib import Path
 import durability_cases
 import pytest
 from durability_cases import Acknowledged, check_books, keep_projecting, keep_writing
-from power_cut import SYNC_END, Recording, build_recorder
+from power_cut import CREATE, RENAME, SYNC_END, UNLINK, Recording, build_recorder
 
 COUNT = 150  # requests of one recorded run
+NAMING = (CREATE, RENAME, UNLINK)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,12 @@ def cut_again_and_again(recorder: Path, scratch: Path, seed: int, runs: int, cut
         done = recording.run(work(root, seed + run, run * 1_000_000))
         assert done.returncode == 0 and "Traceback" not in done.stderr, (seed, run, done.stderr)
         events = len(recording.events)
-        early = [cutter.chance.randrange(events // 5) for _ in range(cuts // 3)]  # while it recovers
-        for at in [*early, *(cutter.chance.randrange(events + 1) for _ in range(cuts - len(early)))]:
+        named = [index for index, event in enumerate(recording.events) if event.kind in NAMING]
+        for at in (
+            *(cutter.chance.randrange(events // 5) for _ in range(cuts // 3)),  # while it recovers
+            *(min(cutter.chance.choice(named) + cutter.chance.randint(1, 4), events) for _ in range(cuts // 3)),
+            *(cutter.chance.randint(0, events) for _ in range(cuts // 3)),
+        ):
             left, lines = cutter.cut(recording, at)
             shutil.rmtree(left)
             shutil.rmtree(left.with_suffix(".archive"))
@@ -134,10 +139,8 @@ def fail_a_sync(recorder: Path, scratch: Path, seed: int, path: str, dies: bool,
     if dies:
         done = recording.run(work(root, seed + 1, 1_000_000))
         assert done.returncode == 0 and "Traceback" not in done.stderr, (seed, done.stderr)
-    for at in [
-        len(recording.events),
-        *(cutter.chance.randint(failures[0], len(recording.events)) for _ in range(cuts)),
-    ]:
+    events = len(recording.events)
+    for at in (events, *(cutter.chance.randint(failures[0], events) for _ in range(cuts))):
         cutter.cut(recording, at)
     return True
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-
 from ..attribution.keccak import keccak
 from ..attribution.receipt import recover_signer
 from ..errors import InvalidArgument
