@@ -19,7 +19,7 @@ from typing import Any
 
 from openlora.attribution.checkpoint import Checkpoint, sign_checkpoint
 from openlora.attribution.file_identity import file_identity
-from openlora.attribution.frames import Position, sync_directory
+from openlora.attribution.frames import Position, make_directory, sync_directory
 from openlora.attribution.keys import LogKeys, load_keys
 from openlora.attribution.log_database import (
     connect,
@@ -41,6 +41,7 @@ from openlora.transaction import transaction
 KEPT_CHECKPOINTS = 1_000  # the newest ones; the tree gives the roots of all others
 
 _PAGE = 50_000
+_KNOWN_BLOBS = 10_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class ReceiptLog:
         self._hasher = ReceiptHasher(self.key.log_id)
         self._statements = threading.RLock()
         self._has_checkpoints = version_of(connection) > 0  # a file that is only read may be of an older version
+        self._known_blobs: set[bytes] = set()  # some of those that are in the file
 
     @classmethod
     def open(
@@ -103,7 +105,7 @@ class ReceiptLog:
         path = state_dir / "log" / "receipts.sqlite"
         if read_only:
             return cls(path, _connect_to_read(path), None, None)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(path.parent, 0o700)
         lock = lock_log(path.parent, wait)
         try:
             finish_rotation(state_dir)
@@ -112,7 +114,7 @@ class ReceiptLog:
             keys = load_keys(state_dir / "keys", create=new)
             if new:
                 create_log(connection, path, _new_key(keys, origin))
-                sync_directory(path.parent)
+            sync_directory(path.parent)  # SQLite does this for the write-ahead log, but takes an error for success
             migrate(connection, path)
             log = cls(path, connection, keys, lock)
             if (log.key.signer, log.key.checkpoint_key) != (keys.signer, keys.checkpoint_public):
@@ -287,12 +289,16 @@ class ReceiptLog:
             execute("BEGIN IMMEDIATE")
             try:
                 many("INSERT INTO receipts VALUES (?, ?, ?, ?, ?)", receipts)
-                many("INSERT OR IGNORE INTO blobs VALUES (?, ?)", list(blobs.items()))
+                new_blobs = [blob for blob in blobs.items() if blob[0] not in self._known_blobs]
+                many("INSERT OR IGNORE INTO blobs VALUES (?, ?)", new_blobs)
                 many("INSERT INTO salts VALUES (?, ?, ?)", salts)
                 sql = "UPDATE log SET low_segment = ?, low_offset = ? WHERE successor IS NULL"
                 if execute(sql, low_water).rowcount != 1:
                     raise Internal(f"the log in {self.path} is closed")
                 execute("COMMIT")
+                if len(self._known_blobs) > _KNOWN_BLOBS:
+                    self._known_blobs.clear()
+                self._known_blobs.update(blobs)
             except sqlite3.IntegrityError as error:
                 raise Internal(f"the log has a receipt already: {error}") from error
             finally:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from openlora.attribution.commitments import blob_bytes
 from openlora.attribution.frames import CompletionFrame, IntentFrame, Mark, Position
 from openlora.attribution.log import LoggedReceipt, NewReceipt, ReceiptLog
 from openlora.attribution.reader import JournalReader
-from openlora.attribution.receipt import receipt_from_frames
+from openlora.attribution.receipt import HashedBlobs, hashed_blobs, receipt_from_frames
 from openlora.errors import Internal
 
 
@@ -29,7 +27,7 @@ class Projector:
         self._log = log
         self._first_completion = log.first_completion
         self._projected_mark = Mark(journal_directory, "projected")
-        self._canonical = _CanonicalBlobs()
+        self._blobs_of = _KnownBlobs()
         self._rewind()
 
     def project(self, limit: int = 1024) -> range:
@@ -84,7 +82,7 @@ class Projector:
                     continue
                 if intent is None or seq > self._next_seq:
                     raise Internal(f"the journal has completion {seq} of this log, which expects {self._next_seq}")
-                unsigned = receipt_from_frames(intent, frame, self._log.key.log_id, self._canonical)
+                unsigned = receipt_from_frames(intent, frame, self._log.key.log_id, self._blobs_of)
                 new.append(
                     NewReceipt(unsigned.receipt, unsigned.leaf, unsigned.blobs, intent.prompt_salt, intent.output_salt)
                 )
@@ -109,19 +107,22 @@ def agrees(logged: LoggedReceipt, frame: CompletionFrame) -> bool:
     return CompletionFrame(*facts, receipt.ended_at) == frame
 
 
-class _CanonicalBlobs:
-    """`blob_bytes` that remembers: requests repeat few runtimes, adapter lists and terms."""
+class _KnownBlobs:
+    """`hashed_blobs` that remembers: requests repeat few combinations of base, adapters and terms."""
 
     _CAPACITY = 1024
 
     def __init__(self) -> None:
-        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+        self._known: OrderedDict[bytes, HashedBlobs] = OrderedDict()
+        self._encode = msgspec.msgpack.Encoder().encode
 
-    def __call__(self, tag: bytes, blob: dict[str, Any]) -> bytes:
-        key = tag + msgspec.msgpack.encode(blob)
-        content = self._known.get(key)
-        if content is None:
-            content = self._known[key] = blob_bytes(tag, blob)
+    def __call__(self, intent: IntentFrame) -> HashedBlobs:
+        key = self._encode((intent.base_digest, intent.runtime, intent.adapters, intent.terms, intent.registry))
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = hashed_blobs(intent)
             if len(self._known) > self._CAPACITY:
                 self._known.popitem(last=False)
-        return content
+        else:
+            self._known.move_to_end(key)
+        return known

@@ -197,12 +197,14 @@ class AttributionStep:
 
     def _answer_ready(self, waiting: list[_Waiting]) -> list[_Waiting]:
         """Give each its receipt, with the salts that open its commitments: they leave the log this once."""
-        completed = self._log.first_completion + self._log.size() if waiting else 0
+        if not waiting:
+            return []
+        first = self._log.first_completion
+        completed = first + self._log.size()
         still = []
         for entry in waiting:
             if entry.chunk.seq < completed:
-                number = entry.chunk.seq - self._log.first_completion
-                receipt = self._log.receipt_json(number, with_salts=True)
+                receipt = self._log.receipt_json(entry.chunk.seq - first, with_salts=True)
                 entry.answer.send_response(entry.chunk, json.dumps(receipt, separators=(",", ":")), first=entry.first)
             elif time.monotonic() < entry.until:
                 still.append(entry)
