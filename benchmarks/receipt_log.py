@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 from receipt_requests import Requests
-from tree_and_proof import tree
 from rich.console import Console
 from rich.table import Table
+from tree_and_proof import tree
 
 from openlora.attribution.journal import STATUS_COMPLETE, IntentFrame, Journal
 from openlora.attribution.log import ReceiptLog
