@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 STUBS = ("adapter_resolver", "generation", "attribution")
-PARTS = ("engine", "tritonserver", "gateway", *STUBS)
+PARTS = ("engine", "fetcher", "tritonserver", "gateway", *STUBS)
 
 
 def server_processes(launcher_pid: int) -> dict[str, psutil.Process]:
@@ -32,6 +32,8 @@ def _part(command: list[str]) -> str | None:
             return "tritonserver"
         case [_, "-m", "openlora.engine.host", *_]:
             return "engine"
+        case [_, "-m", "openlora.serving.fetcher", *_]:
+            return "fetcher"
         case [_, "-m", "openlora_gateway", *_]:
             return "gateway"
     return None  # one that has not become what it will be

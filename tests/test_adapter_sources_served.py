@@ -1,12 +1,14 @@
-"""A remote adapter under a running server: usable at once; evicted, it is a clear error until it is fetched again."""
+"""A remote adapter under a running server: usable at once; evicted, it is fetched by hand or by the next request."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from live_server import LiveServer
+from receipt_watch import wait_for
 from scripted_source import ScriptedSource
 from typer.testing import CliRunner
 
@@ -37,7 +39,33 @@ def run(server: LiveServer, *arguments: str) -> str:
     return done.stdout
 
 
-def test_added_used_evicted_refused_fetched_used(
+def evict(store: AdapterStore, digest: str) -> None:
+    """As soon as no request has a lease on it: the last one's ends a moment after its answer."""
+
+    def gone() -> bool | None:
+        with store.writing():
+            return store.evict(digest) or None
+
+    wait_for("the end of its lease", gone)
+
+
+def test_a_local_adapter_that_was_lost_is_a_clear_error(
+    server: LiveServer, demo: Path, demo_adapters: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(demo / "adapters" / demo_adapters[0], tmp_path / "lost")
+    config = tmp_path / "lost" / "adapter_config.json"
+    config.write_bytes(config.read_bytes() + b"\n\n")  # a digest of its own
+    run(server, "add", str(tmp_path / "lost"))
+    evict(AdapterStore(server.state_dir / "adapters"), adapter_manifest(tmp_path / "lost").digest)
+    with OpenLoRAClient(server.grpc_url) as client:
+        with pytest.raises(Unavailable, match="adapter lost: its files are not in the cache"):
+            client.generate(PROMPT, "lost", max_tokens=8, temperature=0)
+        run(server, "fetch", "lost")
+        assert len(client.generate(PROMPT, "lost", max_tokens=8, ignore_eos=True).token_ids) == 8
+    run(server, "remove", "lost")
+
+
+def test_added_used_evicted_fetched_evicted_used(
     server: LiveServer, http: ScriptedSource, demo_adapters: list[str], tmp_path: Path
 ) -> None:
     run(server, "add", f"{http.url}/remote")
@@ -48,11 +76,11 @@ def test_added_used_evicted_refused_fetched_used(
         (tmp_path / "adapter_config.json").write_bytes(http.files["/remote/adapter_config.json"])
         (tmp_path / "adapter_model.safetensors").write_bytes(http.files["/remote/adapter_model.safetensors"])
         digest = adapter_manifest(tmp_path).digest
-        with store.writing():
-            store.evict(digest)
-        with pytest.raises(Unavailable, match="adapter remote: its files are not in the cache"):
-            client.generate(PROMPT, "remote", max_tokens=8, temperature=0)
-        assert client.generate(PROMPT, demo_adapters[0], max_tokens=8, temperature=0).token_ids == wanted.token_ids
+        evict(store, digest)
         run(server, "fetch", "remote")
+        assert store.holds(digest)
         assert client.generate(PROMPT, "remote", max_tokens=8, temperature=0).token_ids == wanted.token_ids
+        evict(store, digest)
+        assert client.generate(PROMPT, "remote", max_tokens=8, temperature=0).token_ids == wanted.token_ids
+        assert len(http.asked("GET", "adapter_model.safetensors")) == 3
     run(server, "remove", "remote")

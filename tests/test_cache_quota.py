@@ -3,24 +3,23 @@
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_source import ScriptedSource
-from tiny_models import make_adapter, make_model
+from tiny_models import make_adapter
 from typer.testing import CliRunner
 
-from openlora.adapters.cache_quota import evictions, irreplaceable
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog
+from openlora.adapters.cache_quota import evictions
+from openlora.adapters.catalog import AdapterRecord, Catalog, CatalogReader
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import check_result, job_of
-from openlora.adapters.manifest import adapter_manifest, model_manifest
+from openlora.adapters.manifest import adapter_manifest
 from openlora.adapters.sources import SourceLimits
 from openlora.adapters.store import CachedCopy, mark_used
-from openlora.errors import Overloaded, Unavailable
+from openlora.errors import Overloaded
 
 LIMITS = SourceLimits(keep_seconds=100, cache_bytes=1000, first_wait_seconds=0.005, longest_wait_seconds=0.02)
 NOW = 10_000.0
@@ -36,7 +35,7 @@ def test_as_much_as_is_needed_goes_the_oldest_first_and_nothing_that_must_stay(h
     total = sum(copy.size for copy in held)
     may_go = [copy for copy in held if copy.digest not in kept and copy.last_used < NOW - LIMITS.keep_seconds]
     try:
-        gone = evictions(held, kept, more, LIMITS, NOW)
+        gone = evictions(held, kept.__contains__, more, LIMITS, NOW)
     except Overloaded:
         assert total - sum(copy.size for copy in may_go) + more > LIMITS.cache_bytes
         return
@@ -51,26 +50,28 @@ def test_as_much_as_is_needed_goes_the_oldest_first_and_nothing_that_must_stay(h
 
 
 def test_without_a_quota_nothing_goes():
-    assert evictions([CachedCopy("a", 1 << 50, 0.0)], set(), 1 << 50, replace(LIMITS, cache_bytes=None)) == []
+    assert evictions([CachedCopy("a", 1 << 50, 0.0)], bool, 1 << 50, replace(LIMITS, cache_bytes=None)) == []
 
 
-def test_what_only_this_machine_has_is_irreplaceable():
-    remote = AdapterRecord("a", 1, "aa", 4, "ready", "", None, source="https://host/a")
+def test_what_only_this_machine_has_is_irreplaceable(tmp_path):
+    remote = AdapterRecord("a", 0, "aa", 4, "ready", "", None, source="https://host/a")
     records = [
+        replace(remote, name="pinned", digest="ff"),
         remote,
         replace(remote, digest="bb", source="/models/b"),
         replace(remote, digest="cc", source="merge:123"),
         replace(remote, digest="dd", source="/models/d", status="quarantined"),
         replace(remote, digest="ee"),
         replace(remote, digest="ee", name="e", source="/models/e"),
+        replace(remote, name="pinned", digest="gg"),
+        replace(remote, name="removed", digest="hh", source="/models/h"),
     ]
-    assert irreplaceable(records) == {"bb", "cc", "dd", "ee"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("base"))
-    return BaseFacts(path, model_manifest(Path(path)).digest, 16)
+    with Catalog(tmp_path / "catalog.sqlite") as catalog:
+        for record in records:
+            catalog.put(record)
+        catalog.pin("pinned")
+        catalog.remove("removed")
+    assert CatalogReader(tmp_path / "catalog.sqlite").irreplaceable() == {"bb", "cc", "dd", "ee", "gg"}
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +122,9 @@ def test_a_full_cache_lets_the_oldest_remote_copy_go_and_fetch_brings_it_back(
 
     shown = CliRunner().invoke(adapters_app, ["show", "two", "--state-dir", str(tmp_path)])
     assert shown.exit_code == 0
-    with pytest.raises(Unavailable, match="`openlora adapters fetch two` brings them back"):
-        mark_used(cached["two"], "two")
+    assert not mark_used(cached["two"], 25)
     used_at(cached["one"], 3000)
-    mark_used(cached["one"], "one")
+    assert mark_used(cached["one"], 25)
     used_at(cached["three"], 1000)
     with Catalog(tmp_path / "catalog.sqlite") as catalog:
         catalog.set_base(base)
@@ -135,8 +135,17 @@ def test_a_full_cache_lets_the_oldest_remote_copy_go_and_fetch_brings_it_back(
     assert {name for name, copy in cached.items() if copy.exists()} == {"local", "one", "two"}
     assert adapter_manifest(cached["two"]).digest == digests["two"]
     hidden = {entry.name for entry in (tmp_path / "adapters").glob(".*")}
-    assert hidden == {".lock", ".fetching"}
+    assert hidden == {".lock", ".leases", ".fetching"}
     assert list((tmp_path / "adapters" / ".fetching").iterdir()) == []
+
+
+def test_a_use_is_noted_once_in_a_while(tmp_path):
+    used_at(tmp_path, 20)
+    before = tmp_path.stat().st_mtime
+    assert mark_used(tmp_path, 25)
+    assert tmp_path.stat().st_mtime == before
+    assert mark_used(tmp_path, 15)
+    assert tmp_path.stat().st_mtime > before + 15
 
 
 def test_local_adapters_count_and_are_refused_when_nothing_can_go(base, adapters, tmp_path):

@@ -32,7 +32,7 @@ CONCURRENCY = 8
 ANSWER_SECONDS = 2.0  # how long a client may wait for the news
 GONE_SECONDS = 5.0  # how long processes may outlive their launcher …
 STARTING_SECONDS = 30.0  # … and those that were just started: they look when they have loaded their libraries
-VICTIMS = [part for part in PARTS if part != "gateway"]
+VICTIMS = [part for part in PARTS if part not in ("fetcher", "gateway")]  # on which every answer depends
 # What a client may be told: our codes, or a connection that closed or is refused.
 CLEAR = re.compile(
     r"\[(ENGINE_RESTARTED|UNAVAILABLE)\]"

@@ -250,7 +250,7 @@ class RunConfig(_Section):
     def run_key_path(self) -> Path:
         return self.run_dir / "run.key"
 
-    def socket(self, name: Literal["engine", "control", "status"]) -> str:
+    def socket(self, name: Literal["engine", "fetcher", "control", "status"]) -> str:
         return f"ipc://{self.socket_dir / name}"
 
     @property

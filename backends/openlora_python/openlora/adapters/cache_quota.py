@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import Overloaded
-from .catalog import AdapterRecord
-from .sources import SourceLimits, is_uri
+from .sources import SourceLimits
 from .store import CachedCopy
 
 
-def irreplaceable(records: Iterable[AdapterRecord]) -> set[str]:
-    """Digests that a version needs and no remote source could bring again (local ones, and merges), and pinned ones.
-
-    Quarantined ones too: another base model may make them ready.
-    """
-    return {record.digest for record in records if record.pinned or not is_uri(record.source)}
-
-
 def evictions(
-    copies: Sequence[CachedCopy], kept: set[str], more: int, limits: SourceLimits, now: float | None = None
+    copies: Sequence[CachedCopy],
+    stays: Callable[[str], bool],
+    more: int,
+    limits: SourceLimits,
+    now: float | None = None,
 ) -> list[str]:
     """What has to go, in this order, so that `more` bytes fit into the quota.
 
     Args:
-        kept: digests that must stay. What was used within `limits.keep_seconds` stays as well: a request may be about
-            to load it.
+        stays: whether a digest must not go. What was used within `limits.keep_seconds` stays as well: a request may be
+            on its way to it.
         now: seconds since 1970; default: the clock's.
 
     Raises:
@@ -40,7 +35,7 @@ def evictions(
     for copy in sorted(copies, key=lambda copy: (copy.last_used, copy.digest)):
         if over <= 0:
             break
-        if copy.digest not in kept and copy.last_used < oldest:
+        if copy.last_used < oldest and not stays(copy.digest):
             chosen.append(copy.digest)
             over -= copy.size
     if over > 0:

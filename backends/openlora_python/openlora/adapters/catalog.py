@@ -14,7 +14,17 @@ from typing import Literal
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 from ..transaction import transaction
-from .catalog_rows import NAME, AdapterFilter, AdapterRecord, BaseFacts, Page, find, select, select_page
+from .catalog_rows import (
+    NAME,
+    AdapterFilter,
+    AdapterRecord,
+    BaseFacts,
+    Page,
+    find,
+    select,
+    select_irreplaceable,
+    select_page,
+)
 
 RESERVED_NAMES = ("base",)
 BUSY_SECONDS = 10.0
@@ -160,6 +170,23 @@ class Catalog:
             if not record.current:
                 self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (record.version, name))
             return find(self._connection, name, None)
+
+    def learn(self, name: str, digest: str, rank: int, target_modules: Collection[str]) -> None:
+        """What the bytes of a version say, in place of what was said of them before they were here."""
+        found = (rank, " ".join(target_modules))
+        self._connection.execute(
+            "UPDATE adapters SET rank = ?, target_modules = ? "
+            "WHERE name = ? AND digest = ? AND removed_at IS NULL AND (rank, target_modules) <> (?, ?)",
+            (*found, name, digest, *found),
+        )
+
+    def quarantine(self, digest: str, base: str, reason: str) -> None:
+        """The bytes of every version with this digest can't be applied to the base model `base`."""
+        self._connection.execute(
+            "UPDATE adapters SET status = 'quarantined', reason = ?, source_state = '' "
+            "WHERE digest = ? AND base = ? AND status = 'ready' AND removed_at IS NULL",
+            (reason, digest, base),
+        )
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Ask that the current version of `name`, whichever that is, stays in memory, or no longer.
@@ -314,6 +341,14 @@ class CatalogReader:
     def records(self) -> list[AdapterRecord]:
         """All versions that aren't removed, by name and version."""
         return self.page().records
+
+    def irreplaceable(self) -> set[str]:
+        """Digests that a version needs and no remote source could bring again (local ones, merges), and pinned ones.
+
+        Quarantined ones too: another base model may make them ready.
+        """
+        with self._lock:
+            return select_irreplaceable(self._connection)
 
     def page(self, wanted: AdapterFilter | None = None, after: str = "", limit: int | None = None) -> Page:
         """The versions that are `wanted` (None: all) of at most `limit` names (None: all) that sort after `after`."""

@@ -52,13 +52,23 @@ def add(
     ],
     name: Annotated[str | None, typer.Option(help="Its name; default: the folder's.")] = None,
     digest: Annotated[str, typer.Option(help="The only one that is taken: 64 hex digits.")] = "",
+    lazy: Annotated[
+        bool,
+        typer.Option(
+            "--lazy",
+            help="Check all but the weights, which come when a request asks for them; for a URI with --digest.",
+        ),
+    ] = False,
     model: Annotated[Path | None, typer.Option(help="Base model; default: the one served from this state.")] = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
-    """Copy an adapter into the node, check it against the base model, and make it available under its name."""
+    """Copy an adapter into the node, check it against the base model, and make it available under its name.
+
+    With --lazy it is available at once, too, and its weights come just in time.
+    """
     with reported():
-        job = job_of(source, name, digest)
+        job = job_of(source, name, digest, lazy)
         with _progress_bar() as follow:
             (result,) = ingest(state_dir, _base(state_dir, model), [job], follow)
         if as_json:
@@ -74,7 +84,7 @@ def fetch(
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
-    """Bring files back that the cache's quota evicted, from where they came from."""
+    """Bring files that are not in the cache (lazy, or evicted) from where they come from, before a request has to."""
     with reported():
         with _progress_bar() as follow:
             results = fetch_evicted(state_dir, _base(state_dir, None), names or [], follow)

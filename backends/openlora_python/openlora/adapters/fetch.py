@@ -108,16 +108,19 @@ class Wanted:
     """What the caller allows and already has.
 
     `largest` are bytes by file name; `room` raises when so many more bytes can't be kept; `known` tells, of a state
-    that the source is in, whether its files are here already.
+    that the source is in, whether its files are here already. Only `files` are asked for, and of those `unread` aren't
+    read: that they are there, and how large they are, is enough.
     """
 
     largest: Mapping[str, int]
     room: Callable[[int], object]
     known: Callable[[str], Result | None]
+    files: tuple[str, ...] = FILES
+    unread: tuple[str, ...] = ()
 
 
 def fetch(uri: SourceUri, directory: Path, wanted: Wanted, limits: SourceLimits, advance: Advance) -> str | Result:
-    """Have all files of the adapter at `uri` in `directory`.
+    """Have the files of the adapter at `uri` in `directory`.
 
     Returns:
         The state of the source, empty when it has no means to tell that it changed; or what `wanted.known` knows.
@@ -153,13 +156,14 @@ class _Download:
         state = state_of(described)
         if state and (known := self._wanted.known(state)) is not None:
             return known
-        sizes = [file.size for file in described.values()]
+        read = {name: file for name, file in described.items() if name not in self._wanted.unread}
+        sizes = [file.size for file in read.values()]
         total = None if None in sizes else sum(sizes)
         self._wanted.room(total or 0)
         self._keep_only(described, state)
         self._done = 0
         try:
-            for name, file in described.items():
+            for name, file in read.items():
                 self._have(name, file, total)
             if self._describe() != described:
                 raise SourceChanged(f"{self._uri.public} changed while it was downloaded")
@@ -169,7 +173,7 @@ class _Download:
         return state
 
     def _describe(self) -> Description:
-        found = {name: self._patiently(partial(self._source.describe, name)) for name in FILES}
+        found = {name: self._patiently(partial(self._source.describe, name)) for name in self._wanted.files}
         for name in REQUIRED:
             if found[name] is None:
                 raise AdapterInvalid(f"{name} is missing at {self._uri.public}")

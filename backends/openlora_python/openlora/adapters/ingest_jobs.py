@@ -10,25 +10,42 @@ from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailab
 from .catalog import BaseFacts
 from .ingest import Progress, ingest
 from .ingest_worker import CACHE_DIRECTORY, IngestJob, IngestResult, known_records
-from .sources import is_uri, parse_uri
+from .sources import SourceUri, is_uri, parse_uri
 from .store import AdapterStore
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def job_of(source: str, name: str | None, digest: str = "") -> IngestJob:
+def job_of(source: str, name: str | None, digest: str = "", lazy: bool = False) -> IngestJob:
     """The job for a path or URI; `name` defaults to its last part.
 
     Raises:
-        InvalidArgument: a URI that nothing can be read from, or a digest that is none.
+        InvalidArgument: a URI that nothing can be read from, a digest that is none, or what can't be `lazy`.
     """
     if digest and not DIGEST.fullmatch(digest.lower()):
         raise InvalidArgument(f"{digest!r:.80}: 64 hex digits are wanted", field="digest")
     if is_uri(source):
         uri = parse_uri(source)
-        return IngestJob(uri.name if name is None else name, uri.parts.geturl(), digest=digest.lower())
+        if lazy:
+            _check_lazy(uri, digest)
+        return IngestJob(uri.name if name is None else name, uri.parts.geturl(), digest=digest.lower(), lazy=lazy)
+    if lazy:
+        raise InvalidArgument(f"{source:.200} is on this machine: only a URI's bytes can come later", field="lazy")
     path = Path(source).resolve()
     return IngestJob(path.name if name is None else name, str(path), digest=digest.lower())
+
+
+def _check_lazy(uri: SourceUri, digest: str) -> None:
+    if not digest:
+        raise InvalidArgument(
+            "a digest is wanted, too (--digest): it is what makes bytes that come later trustworthy", field="lazy"
+        )
+    if uri.parts.geturl() != uri.public:
+        raise InvalidArgument(
+            "this URI has a user name, a password or a query, which are never stored, so its bytes could not be had "
+            "later: give the login in ~/.netrc or the environment",
+            field="lazy",
+        )
 
 
 def fetch_evicted(

@@ -7,7 +7,8 @@ lines. Files of strangers are parsed here, where a crash, a hang or an out-of-me
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +19,14 @@ import msgspec
 from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
 from .base_modules import BaseModules, base_modules
-from .cache_quota import evictions, irreplaceable
+from .cache_quota import evictions
 from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
 from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .printable import printable
 from .sources import SourceLimits, is_uri
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
-from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter
+from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter, validate_config
 from .worker_process import Fatal, take_request
 
 CATALOG_FILE = "catalog.sqlite"  # below the state directory, as RunConfig.catalog_path and adapter_cache say
@@ -42,7 +43,8 @@ class IngestJob(msgspec.Struct, frozen=True):
     """One adapter to bring in.
 
     `source` is an absolute path or a URI; `origin` the --adapters directory that owns it, or empty; `digest` the only
-    one that is taken, if given. With `restores`, the number of a version, only that version's bytes come back.
+    one that is taken, if given. With `restores`, the number of a version, only that version's bytes come back. A `lazy`
+    one, a URI with a digest, is announced without its weights.
     """
 
     name: str
@@ -50,6 +52,7 @@ class IngestJob(msgspec.Struct, frozen=True):
     origin: str = ""
     digest: str = ""
     restores: int = 0
+    lazy: bool = False
 
 
 class IngestRequest(msgspec.Struct, frozen=True):
@@ -82,7 +85,8 @@ class Copied(msgspec.Struct, frozen=True, tag="copied"):
 class IngestResult(msgspec.Struct, frozen=True, tag="result"):
     """What became of one adapter. `failed` = not the adapter's fault, nothing was recorded.
 
-    `quarantined` as version 0: refused for what its source is or for its digest, nothing was recorded either.
+    `quarantined` as version 0: refused for what its source is, or for its digest, or for what was said of a lazy one;
+    nothing was recorded either.
     """
 
     name: str
@@ -149,8 +153,7 @@ class Ingester:
                 found = replace(found, source_state=settled_state(state) if fetched is None else fetched.state)
                 if known is not None and self.is_current(known, found.source_state, job.digest):
                     return result_of(known, "unchanged")
-                card = source.card()
-                made_for = card.pop("base", None) if card else None  # about bytes; the rest of a card is terms
+                card, made_for = (None, None) if job.restores else _terms(source)
                 with self._store.incoming() as incoming:
                     self._copy(job.name, source, state, incoming)
                     found = replace(found, digest=incoming.manifest().digest)
@@ -158,18 +161,54 @@ class Ingester:
                         reason = f"its digest is {found.digest}, {job.digest} was asked for"
                         return IngestResult(job.name, "quarantined", digest=found.digest, reason=reason)
                     _check_card(card)
-                    found = replace(found, card=card or None)
+                    found = replace(found, card=card)
                     facts = self._validated(found.name, incoming.directory, made_for)
                     self._make_room(found.digest, incoming.size)
                     self._store.admit(incoming)
             found = replace(found, rank=facts.rank, target_modules=facts.target_modules)
         except AdapterInvalid as error:
             found = replace(found, status="quarantined", reason=printable(error.message), source_state="")
+            if job.restores and found.digest:  # what came are the version's own bytes
+                self._catalog.quarantine(found.digest, self._base.digest, found.reason)
         except (OSError, Unavailable, Overloaded) as error:  # a full disk or cache, or a source being written
             reason = error.message if isinstance(error, OpenLoRAError) else str(error)
             return IngestResult(job.name, "failed", reason=printable(reason))
         if job.restores:  # its terms are the catalog's, whatever the source says of them now
+            if found.status == "ready":
+                self._catalog.learn(job.name, found.digest, found.rank, found.target_modules)
             return IngestResult(job.name, found.status, job.restores, found.digest, found.rank, "none", found.reason)
+        return result_of(*self._catalog.put(found))
+
+    def announce(self, job: IngestJob, fetched: Fetched) -> IngestResult:
+        """A lazy adapter, to the catalog as ready, by what is there but for its weights.
+
+        Raises:
+            UnsupportedModel: the base model can't be checked against.
+        """
+        try:
+            with SourceDirectory(fetched.directory) as source:
+                card, made_for = _terms(source)
+            _check_card(card)
+            modules = self._modules
+            with _checking(0):
+                facts = validate_config(
+                    job.name, fetched.directory, made_for, modules, self._base.digest, self._base.max_rank
+                )
+        except AdapterInvalid as error:
+            return IngestResult(job.name, "quarantined", reason=printable(error.message))
+        found = AdapterRecord(
+            job.name,
+            0,
+            job.digest,
+            facts.rank,
+            "ready",
+            "",
+            card,
+            facts.target_modules,
+            self._base.digest,
+            fetched.source,
+            source_state=fetched.state,
+        )
         return result_of(*self._catalog.put(found))
 
     def name_again(self, job: IngestJob, record: AdapterRecord) -> IngestResult:
@@ -186,11 +225,17 @@ class Ingester:
         """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
         if self._limits.cache_bytes is None:
             return []
-        return evictions(self._store.copies(), irreplaceable(known_records(self._state_dir)), more, self._limits)
+        with closing(CatalogReader(self._state_dir / CATALOG_FILE)) as reader:
+            kept = reader.irreplaceable()
+        return evictions(
+            self._store.copies(), lambda digest: digest in kept or self._store.is_leased(digest), more, self._limits
+        )
 
     def _make_room(self, digest: str, size: int) -> None:
-        if not self._store.holds(digest):
-            for leaving in self.check_room(size):
+        if self._store.holds(digest):
+            return
+        while chosen := self.check_room(size):  # what somebody needs since it was chosen stays, and others are
+            for leaving in chosen:
                 self._store.evict(leaving)
 
     @cached_property
@@ -216,11 +261,24 @@ class Ingester:
         return self._modules.largest_adapter_bytes(self._base.max_rank) + MAX_HEADER_BYTES
 
     def _validated(self, name: str, directory: Path, made_for: str | None) -> AdapterFacts:
-        size = os.path.getsize(directory / WEIGHTS_FILE)
         modules = self._modules
-        cpu = CPU_SECONDS + size * CPU_SECONDS_PER_BYTE
-        with cpu_limit(cpu), memory_limit(MEMORY_BYTES + size * MEMORY_PER_BYTE):
+        with _checking(os.path.getsize(directory / WEIGHTS_FILE)):
             return validate_adapter(name, directory, made_for, modules, self._base.digest, self._base.max_rank)
+
+
+@contextmanager
+def _checking(size: int) -> Iterator[None]:
+    """Refuses an adapter with weights of `size` bytes when the body takes more than checking one may."""
+    cpu, memory = CPU_SECONDS + size * CPU_SECONDS_PER_BYTE, MEMORY_BYTES + size * MEMORY_PER_BYTE
+    with cpu_limit(cpu), memory_limit(memory):
+        yield
+
+
+def _terms(source: SourceDirectory) -> tuple[dict[str, Any] | None, Any]:
+    """Its card, and the base model that it says it was made for, which is about bytes and not among the terms."""
+    card = source.card()
+    made_for = card.pop("base", None) if card else None
+    return card or None, made_for
 
 
 def _check_card(card: dict[str, Any] | None) -> None:
@@ -249,11 +307,8 @@ def result_of(record: AdapterRecord, change: Literal["added", "updated", "unchan
 
 def known_records(state_dir: Path) -> list[AdapterRecord]:
     """All versions in the catalog that aren't removed."""
-    reader = CatalogReader(state_dir / CATALOG_FILE)
-    try:
+    with closing(CatalogReader(state_dir / CATALOG_FILE)) as reader:
         return reader.records()
-    finally:
-        reader.close()
 
 
 def main() -> None:
@@ -271,9 +326,10 @@ def main() -> None:
                         report(Started(job.name))
                         report(ingester.bring_in(job))
             if remote:
-                from .remote_ingest import bring_in_remote
+                from .remote_ingest import RemoteIngest, bring_in_remote
 
-                bring_in_remote(remote, ingester, store, state_dir, request.limits, report)
+                sources = RemoteIngest(ingester, store, state_dir, request.limits, report)
+                bring_in_remote(remote, sources, request.limits.parallel, report)
         except OpenLoRAError as error:
             report(Fatal(str(error)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AdapterInvalid, OpenLoRAError
@@ -30,88 +31,56 @@ from .sources import SourceLimits, SourceUri, parse_uri
 from .store import MAX_CARD_BYTES, AdapterStore
 
 
-def bring_in_remote(
-    jobs: Sequence[IngestJob],
-    ingester: Ingester,
-    store: AdapterStore,
-    state_dir: Path,
-    limits: SourceLimits,
-    report: Report,
-) -> None:
+def bring_in_remote(jobs: Sequence[IngestJob], remote: RemoteIngest, parallel: int, report: Report) -> None:
     """All of them, each reported as soon as it is done.
 
     Raises:
         UnsupportedModel: the base model can't be checked against.
     """
-    area = FetchArea(store.directory, limits)
-    area.sweep()
-    downloads = _Downloads(area, ingester, store, state_dir, limits, report)
-    with ThreadPoolExecutor(limits.parallel) as pool:
-        waiting = {pool.submit(downloads.run, job): job for job in jobs}
+    remote.sweep()
+    with ThreadPoolExecutor(parallel) as pool:
+        waiting = {pool.submit(remote.download, job): job for job in jobs}
         for done in as_completed(waiting):
             job = waiting[done]
             report(Started(job.name))
-            report(_brought_in(job, done, ingester, store))
-    area.sweep()
+            report(remote.bring_in(job, done))
+    remote.sweep()
 
 
-def _brought_in(job: IngestJob, done: Future[_Arrived], ingester: Ingester, store: AdapterStore) -> IngestResult:
-    try:
-        arrived = done.result()
-    except AdapterInvalid as error:
-        return IngestResult(job.name, "quarantined", reason=error.message)
-    except OpenLoRAError as error:
-        return IngestResult(job.name, "failed", reason=error.message)
-    except OSError as error:  # a full disk
-        return IngestResult(job.name, "failed", reason=str(error))
-    try:
-        with store.writing():
-            if isinstance(arrived.files, AdapterRecord):
-                return ingester.name_again(job, arrived.files)
-            return ingester.bring_in(job, arrived.files)
-    finally:
-        arrived.part.release(keep=False)
-
-
-class _Arrived:
+@dataclass(frozen=True)
+class Arrived:
     """What is at a source, which stays locked until `part` is released: new files, or a known adapter."""
 
-    def __init__(self, part: Part, files: Fetched | AdapterRecord) -> None:
-        self.part = part
-        self.files = files
+    part: Part
+    files: Fetched | AdapterRecord
 
 
-class _Downloads:
-    """`run` is called in several threads."""
+class RemoteIngest:
+    """Downloads adapters in any number of threads, and brings in what arrived in the main one."""
 
     def __init__(
-        self,
-        area: FetchArea,
-        ingester: Ingester,
-        store: AdapterStore,
-        state_dir: Path,
-        limits: SourceLimits,
-        report: Report,
+        self, ingester: Ingester, store: AdapterStore, state_dir: Path, limits: SourceLimits, report: Report
     ) -> None:
-        self._area = area
-        self._store = store
+        self._area = FetchArea(store.directory, limits)
         self._ingester = ingester
+        self._store = store
         self._state_dir = state_dir
         self._limits = limits
         self._report = report
-        self._largest = {
-            CONFIG_FILE: MAX_CONFIG_BYTES,
-            CARD_FILE: MAX_CARD_BYTES,
-            WEIGHTS_FILE: ingester.largest_weights,
-        }
 
-    def run(self, job: IngestJob) -> _Arrived:
+    def sweep(self) -> None:
+        """Remove interrupted downloads that are too old or too many."""
+        self._area.sweep()
+
+    def download(self, job: IngestJob) -> Arrived:
         """Raises what `fetch` does, without anything secret of the URI."""
         uri = parse_uri(job.source)
         part = self._area.alone(uri)
         keep = False
         try:
-            found = fetch(uri, part.directory, self._wanted(uri, job), self._limits, self._advance(job))
+            found = self._already(job) or fetch(
+                uri, part.directory, self._wanted(uri, job), self._limits, self._advance(job)
+            )
         except OpenLoRAError as error:
             keep = not isinstance(error, AdapterInvalid) and part.resumable
             part.release(keep)
@@ -120,8 +89,35 @@ class _Downloads:
             part.release(keep=False)
             raise
         if isinstance(found, AdapterRecord):
-            return _Arrived(part, found)
-        return _Arrived(part, Fetched(uri.public, part.directory, found))
+            return Arrived(part, found)
+        return Arrived(part, Fetched(uri.public, part.directory, found))
+
+    def bring_in(self, job: IngestJob, done: Future[Arrived]) -> IngestResult:
+        """What `download` brought, or raised, to its end."""
+        try:
+            arrived = done.result()
+        except AdapterInvalid as error:
+            return IngestResult(job.name, "quarantined", reason=error.message)
+        except OpenLoRAError as error:
+            return IngestResult(job.name, "failed", reason=error.message)
+        except OSError as error:  # a full disk
+            return IngestResult(job.name, "failed", reason=str(error))
+        try:
+            with self._store.writing():
+                if isinstance(arrived.files, AdapterRecord):
+                    return self._ingester.name_again(job, arrived.files)
+                if job.lazy:
+                    return self._ingester.announce(job, arrived.files)
+                return self._ingester.bring_in(job, arrived.files)
+        finally:
+            arrived.part.release(keep=False)
+
+    def _already(self, job: IngestJob) -> AdapterRecord | None:
+        """The version whose bytes are to come back, when somebody else was faster."""
+        if not job.restores or not self._store.holds(job.digest):
+            return None
+        self._store.touch(job.digest)
+        return next((known for known in known_records(self._state_dir) if known.digest == job.digest), None)
 
     def _wanted(self, uri: SourceUri, job: IngestJob) -> Wanted:
         def known(state: str) -> AdapterRecord | None:
@@ -131,7 +127,17 @@ class _Downloads:
                 self._store.touch(found.digest)  # so that nobody evicts it before it has its name
             return found
 
-        return Wanted(self._largest, self._ingester.check_room, known)
+        largest = {
+            CONFIG_FILE: MAX_CONFIG_BYTES,
+            CARD_FILE: MAX_CARD_BYTES,
+            WEIGHTS_FILE: self._ingester.largest_weights,
+        }
+        room = self._ingester.check_room
+        if job.restores:  # by its digest: neither its terms nor a state of the source have a say
+            return Wanted(largest, room, lambda state: None, files=(CONFIG_FILE, WEIGHTS_FILE))
+        if job.lazy:
+            return Wanted(largest, lambda size: None, known, unread=(WEIGHTS_FILE,))
+        return Wanted(largest, room, known)
 
     def _advance(self, job: IngestJob) -> Advance:
         reported = 0

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterInvalid, Unavailable
+from .leases import unleased
 from .lora_config import MAX_CONFIG_BYTES, parse_object
 from .manifest import (
     CARD_FILE,
@@ -237,28 +238,40 @@ class AdapterStore:
         """It was used just now."""
         os.utime(self.path(digest))
 
-    def evict(self, digest: str) -> None:
-        """Take a copy away, at once for whoever looks. Only inside `writing()`."""
+    def is_leased(self, digest: str) -> bool:
+        """Whether a request needs it now."""
+        with unleased(self._directory, digest) as free:
+            return not free
+
+    def evict(self, digest: str) -> bool:
+        """Take a copy away, at once for whoever looks, unless a request needs it. Only inside `writing()`."""
         leaving = tempfile.mkdtemp(dir=self._directory, prefix=INCOMING_PREFIX)
-        self.path(digest).rename(leaving)
+        with unleased(self._directory, digest) as free:
+            if free:
+                self.path(digest).rename(leaving)
         shutil.rmtree(leaving)
+        return free
 
     def _intact(self, digest: str) -> bool:
         return self.holds(digest) and adapter_manifest(self.path(digest)).digest == digest
 
 
-def mark_used(copy: Path, name: str) -> None:
-    """Note that a request is going to use this copy, so that it isn't the next to be evicted.
+def mark_used(copy: Path, seconds: float) -> bool:
+    """Note that a request is going to use this copy, so that it isn't the next to be evicted; False: it isn't there.
 
-    Raises:
-        Unavailable: it isn't there.
+    A note of at most `seconds` ago does: many requests use one copy.
     """
     try:
-        os.utime(copy)
+        if time.time() - copy.stat().st_mtime > seconds:
+            os.utime(copy)
     except FileNotFoundError:
-        raise Unavailable(
-            f"adapter {name}: its files are not in the cache; `openlora adapters fetch {name}` brings them back"
-        ) from None
+        return False
+    return True
+
+
+def not_fetchable(name: str) -> str:
+    """Why no server brings the files of adapter `name` back, and what a person can do."""
+    return f"its files are not in the cache and came from no URI; `openlora adapters fetch {name}` brings them back"
 
 
 def settled_state(state: dict[str, list[int]]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +65,36 @@ def validate_adapter(
     Raises:
         AdapterInvalid: naming the adapter and the exact reason.
     """
-    try:
+    with _told_of(name):
         _check_base(made_for, base_digest)
         expected = _targeted(AdapterConfig.read(directory), modules, max_rank)
-        return _check_tensors(_read(directory / WEIGHTS_FILE), expected, modules)
+        _check_tensors(_read(directory / WEIGHTS_FILE), expected, modules)
+        return _facts(expected, modules)
+
+
+def validate_config(
+    name: str, directory: Path, made_for: str | None, modules: BaseModules, base_digest: str, max_rank: int
+) -> AdapterFacts:
+    """As `validate_adapter`, for an adapter whose weights are not here: what its configuration says of them."""
+    with _told_of(name):
+        _check_base(made_for, base_digest)
+        return _facts(_targeted(AdapterConfig.read(directory), modules, max_rank), modules)
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    try:
+        yield
     except AdapterInvalid as error:
         raise AdapterInvalid(error.message, field=f"adapter {name}") from error
+
+
+def _facts(expected: dict[str, ModuleLora], modules: BaseModules) -> AdapterFacts:
+    return AdapterFacts(
+        rank=max(lora.rank for lora in expected.values()),
+        target_modules=tuple(sorted({module.rpartition(".")[2] for module in expected})),
+        parameters=sum(lora.rank * sum(modules.linear[module]) for module, lora in expected.items()),
+    )
 
 
 def _check_base(made_for: str | None, base_digest: str) -> None:
@@ -103,7 +128,7 @@ def _read(path: Path) -> dict[str, _Tensor]:
     return {key: _Tensor(tuple(entry["shape"]), entry["dtype"], entry["data"]) for key, entry in entries}
 
 
-def _check_tensors(tensors: dict[str, _Tensor], expected: dict[str, ModuleLora], modules: BaseModules) -> AdapterFacts:
+def _check_tensors(tensors: dict[str, _Tensor], expected: dict[str, ModuleLora], modules: BaseModules) -> None:
     pairs: dict[str, set[str]] = {}
     for key in tensors:
         module, side = _place(key, expected, modules)
@@ -119,11 +144,6 @@ def _check_tensors(tensors: dict[str, _Tensor], expected: dict[str, ModuleLora],
         rows, columns = modules.linear[module]
         _check_matrix(f"{module}.lora_A", tensors[_key(module, "A")], 0, (lora.rank, columns), lora)
         _check_matrix(f"{module}.lora_B", tensors[_key(module, "B")], 1, (rows, lora.rank), lora)
-    return AdapterFacts(
-        rank=max(lora.rank for lora in expected.values()),
-        target_modules=tuple(sorted({module.rpartition(".")[2] for module in expected})),
-        parameters=sum(int(np.prod(tensor.shape)) for tensor in tensors.values()),
-    )
 
 
 def _targeted(config: AdapterConfig, modules: BaseModules, max_rank: int) -> dict[str, ModuleLora]:

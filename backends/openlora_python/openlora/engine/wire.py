@@ -52,7 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """What a process tells the launcher: at its start, when its state changes, and every second or so."""
 
-    name: str  # engine | adapter_resolver | generation | attribution
+    name: str  # engine | fetcher | adapter_resolver | generation | attribution
     pid: int
     ready: bool
     reason: str = ""

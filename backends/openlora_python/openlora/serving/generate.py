@@ -27,8 +27,10 @@ from ..errors import (
     RequestNotFound,
     Unavailable,
 )
+from .adapter_supply import AdapterSupply
 from .chunk import Chunk, Control, open_control
 from .engine_metrics import EngineMetrics
+from .fetch_client import FetchClient
 from .generation import Generation, Sink
 from .metrics import Registry, RequestRecord, ServingMetrics, outcome_of
 from .pacing import Pacer
@@ -73,6 +75,8 @@ class GenerationStep:
         limits = run.settings.limits
         self._pacer = Pacer(self._loop, self._journal, limits.coalesce_above, limits.coalesce_ms / 1000)
         self._engine = EngineClient(run.socket("engine"), self._pacer.end_of_step, self._take_stats)
+        self._fetcher = FetchClient(run.socket("fetcher"), self._metrics.record_fetch)
+        self._supply = AdapterSupply(run.adapter_cache, self._fetcher, max(1, run.settings.engine.max_waiting // 2))
         self._thread = threading.Thread(target=self._run_loop, name="generation", daemon=True)
         self._thread.start()
 
@@ -135,10 +139,17 @@ class GenerationStep:
 
     async def _generate(self, ticket: Ticket, prompt_text: str, sink: Sink) -> None:
         generation = None
+        tokenizing = self._loop.run_in_executor(None, self._tokenize, ticket, prompt_text)
+        leasing = self._loop.run_in_executor(None, self._supply.lease, ticket) if ticket.adapters else None
+        leased, arrival = False, None
         try:
-            prompt = await self._loop.run_in_executor(None, self._tokenize, ticket, prompt_text)
+            if leasing is not None:
+                missing, leased = await leasing, True
+                if missing:
+                    arrival = self._loop.create_task(self._supply.bring(missing))
+            prompt = await tokenizing
             held = self._ledger.reserve(ticket.request_id, ticket.quotas, len(prompt), ticket.sampling.max_tokens)
-            generation = self._new_generation(ticket, prompt, prompt_text, sink, held.started_at)
+            generation = self._new_generation(ticket, prompt, prompt_text, sink, held.started_at, arrival)
             self._living[ticket.request_id] = generation
             await generation.run()
             self._metrics.record(generation.record(self._accepted[ticket.request_id]))
@@ -154,6 +165,10 @@ class GenerationStep:
                 self._in_doubt.add(ticket.request_id)
             self._living.pop(ticket.request_id, None)
             self._accepted.pop(ticket.request_id, None)
+            if arrival is not None and not arrival.cancel():
+                arrival.exception()  # heard, whether or not this request got as far as waiting for it
+            if leased:
+                self._supply.release(ticket.adapters)
 
     def _refuse(self, error: OpenLoRAError, sink: Sink, adapter_names: tuple[str, ...] | None) -> None:
         sink.fail(error)
@@ -182,14 +197,20 @@ class GenerationStep:
             del self._living[ticket.request_id]
 
     def _new_generation(
-        self, ticket: Ticket, prompt: tuple[int, ...], prompt_text: str, sink: Sink, started_at: int
+        self,
+        ticket: Ticket,
+        prompt: tuple[int, ...],
+        prompt_text: str,
+        sink: Sink,
+        started_at: int,
+        arrival: asyncio.Task[None] | None = None,
     ) -> Generation:
         usage = RequestUsage(self._journal, self._ledger, started_at)
-        return Generation(ticket, prompt, prompt_text, sink, self._engine, usage, self._codec, self._pacer)
+        return Generation(ticket, prompt, prompt_text, sink, self._engine, usage, self._codec, self._pacer, arrival)
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        standing = (self._engine.run(), self._pacer.run(), self._listen(), self._report())
+        standing = (self._engine.run(), self._fetcher.run(), self._pacer.run(), self._listen(), self._report())
         for work in (*standing, self._save_ledger(), self._publish()):
             self._loop.create_task(work).add_done_callback(_raise_fault)
         self._loop.run_forever()

@@ -52,11 +52,12 @@ class _Pending:
 
 
 class Generation:
-    """A state machine in the shape of a coroutine: hello → intent → engine → completion → last response.
+    """A state machine in the shape of a coroutine: hello → intent → adapters → engine → completion → last response.
 
     `run()` ends in exactly one FINAL on every path. Nothing is generated before the intent is durable, and the last
-    response leaves only when the completion is. While the engine runs, the coroutine sleeps: tokens are taken in by
-    `take` and sent by the pacer. Everything happens on one loop.
+    response leaves only when the completion is. While adapters are fetched and while the engine runs, the coroutine
+    sleeps: tokens are taken in by `take` and sent by the pacer, which also keeps the deadline and asks for cancels.
+    Everything happens on one loop.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Generation:
         usage: RequestUsage,
         codec: TextCodec,
         pacer: Pacer,
+        arrival: asyncio.Future[None] | None = None,
     ) -> None:
+        """`arrival` ends when the bytes of its adapters are in the cache; None: they are."""
         self.ticket = ticket
         self._prompt = prompt
         self._prompt_text = prompt_text
@@ -79,6 +82,7 @@ class Generation:
         self._usage = usage
         self._codec = codec
         self._pacer = pacer
+        self._arrival = arrival
         self._acked = asyncio.Event()
         self._over = asyncio.Event()  # `_outcome` is set
         self._outcome: str | OpenLoRAError = ""  # a finish reason, or what went wrong
@@ -171,31 +175,42 @@ class Generation:
 
     async def _run_engine(self) -> str:
         """The finish reason, once the engine has nothing more to do for this request."""
-        ticket = self.ticket
         if not self._over.is_set():
-            sampling = msgspec.structs.replace(
-                ticket.sampling, bad_words=self._codec.bad_word_ids(ticket.text.bad_words)
-            )
-            request = EngineRequest(
-                ticket.request_id,
-                self._prompt,
-                ticket.adapters,
-                sampling,
-                ticket.priority,
-                timeout=max(0.0, self.deadline - time.monotonic()),
-                cache_salt=ticket.cache_salt,
-            )
             self._pacer.add(self)
             try:
-                await self._engine.submit(request, self)
-                await self._over.wait()
+                await self._adapters_there()
+                if not self._over.is_set():
+                    await self._engine.submit(self._engine_request(), self)
+                    await self._over.wait()
             finally:
                 self._pacer.remove(self)
             if not self._engine_over:
-                await self._engine.cancel(ticket.request_id)
+                await self._engine.cancel(self.ticket.request_id)
         if isinstance(self._outcome, OpenLoRAError):
             raise self._outcome
         return self._outcome
+
+    async def _adapters_there(self) -> None:
+        """Wait until the engine can read them, or until this request is over without them."""
+        if self._arrival is None:
+            return
+        over = asyncio.ensure_future(self._over.wait())
+        await asyncio.wait([self._arrival, over], return_when=asyncio.FIRST_COMPLETED)
+        over.cancel()
+        if not self._over.is_set():
+            self._arrival.result()
+
+    def _engine_request(self) -> EngineRequest:
+        ticket = self.ticket
+        return EngineRequest(
+            ticket.request_id,
+            self._prompt,
+            ticket.adapters,
+            msgspec.structs.replace(ticket.sampling, bad_words=self._codec.bad_word_ids(ticket.text.bad_words)),
+            ticket.priority,
+            timeout=max(0.0, self.deadline - time.monotonic()),
+            cache_salt=ticket.cache_salt,
+        )
 
     # --- while the engine runs: called by the engine's client and by the pacer, never raising -------------------------
 

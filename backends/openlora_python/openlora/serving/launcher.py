@@ -1,4 +1,5 @@
-"""`openlora serve`: the parent of tritonserver, the engine and the gateway. Watches, restarts, says if all is well.
+"""`openlora serve`: the parent of tritonserver, the engine, the fetcher and the gateway. Watches, restarts, says if all
+is well.
 
 A stub that dies leaves its clients hanging and Triton does not notice, so the launcher does: it ends tritonserver at
 once, which closes every hanging connection, and starts a new one with new keys.
@@ -28,12 +29,14 @@ from ..adapters.catalog import BaseFacts, Catalog
 from ..adapters.ingest import sync_directory
 from ..adapters.ingest_worker import IngestResult
 from ..adapters.printable import printable
+from ..adapters.sources import SourceLimits
 from ..attribution.custody import settle_custody
 from ..attribution.witness_client import WitnessAddress, WitnessClient
 from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
 from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
 from .base_model import read_base_model
+from .fetch_wire import FetcherConfig
 from .health import HealthServer
 from .parent_watch import remove_shared_memory
 from .processes import Command, KeptProcess
@@ -55,6 +58,7 @@ class Launcher:
 
     def __init__(self, settings: Settings, on_ready: Callable[[RunConfig], None]) -> None:
         self._on_ready = on_ready
+        self._source_limits = SourceLimits.from_environment()
         self._state = StateDir(settings.state_dir.resolve())
         self._lock = self._state.lock()
         self._state.prepare()
@@ -62,17 +66,19 @@ class Launcher:
         _settle_custody(self._state.root, settings.attribution.witnesses)
         self._run = self._make_run(settings)
         self._run.save()
+        self._base = BaseFacts(str(self._run.base.path), self._run.base.digest, settings.engine.max_rank)
         self._backends = self._run.run_dir / "backends"
         build_backend_directory(self._install, self._backends)
         self._server_starts, self._server_started_at = 0, 0.0
         policy = settings.restart
         logs = self._run.log_dir
         self._engine = KeptProcess("engine", self._engine_command, logs / "engine.log", policy)
+        self._fetcher = KeptProcess("fetcher", self._fetcher_command, logs / "fetcher.log", policy)
         self._server = KeptProcess("tritonserver", self._server_command, logs / "tritonserver.log", policy)
         self._gateway = KeptProcess("gateway", self._gateway_command, logs / "gateway.log", policy)
-        self._kept = [self._engine, self._server, self._gateway]
+        self._kept = [self._engine, self._fetcher, self._server, self._gateway]
         self._stubs = Stubs()
-        self._engine_ready = False
+        self._engine_ready = self._fetcher_ready = False
         self._engine_steps, self._engine_moved_at = -1, time.monotonic()
         self._models_ready = self._gateway_ready = self._announced = False
         self._adapters_fault = "being read"
@@ -110,6 +116,8 @@ class Launcher:
             found["adapters"] = self._adapters_fault
         if not self._engine_ready:
             found["engine"] = "starting"
+        if not self._fetcher_ready:
+            found["fetcher"] = "starting"
         if not self._models_ready:
             found["tritonserver"] = "starting"
         if not self._gateway_ready:
@@ -154,6 +162,9 @@ class Launcher:
             if report.stats and (report.stats.steps != self._engine_steps or not _has_work(report)):
                 self._engine_steps, self._engine_moved_at = report.stats.steps, now
             return
+        if report.name == "fetcher":
+            self._fetcher_ready = report.pid == self._fetcher.pid
+            return
         self._stubs.hear(report, self._server.pid)
 
     def _buried(self, process: KeptProcess) -> None:
@@ -162,6 +173,8 @@ class Launcher:
         log.error("%s ended with status %d", process.name, status)
         if process is self._engine:
             self._engine_ready = False
+        elif process is self._fetcher:
+            self._fetcher_ready = False
         elif process is self._server:
             self._models_ready = False
             self._stubs.drop()
@@ -221,9 +234,7 @@ class Launcher:
 
     def _engine_command(self) -> Command:
         engine, run = self._run.settings.engine, self._run
-        names = (
-            "dtype device quantization max_batch max_step_tokens kv_cache_tokens max_adapters max_rank"
-        )
+        names = "dtype device quantization max_batch max_step_tokens kv_cache_tokens max_adapters max_rank"
         config = EngineConfig(
             kind=engine.kind,
             model_dir=str(run.base.path),
@@ -253,6 +264,20 @@ class Launcher:
         python = str(engine.python or sys.executable)
         return Command([python, "-m", "openlora.engine.host", str(file)], environment)
 
+    def _fetcher_command(self) -> Command:
+        run = self._run
+        config = FetcherConfig(
+            state_dir=str(run.state_dir),
+            base=self._base,
+            limits=self._source_limits,
+            socket=run.socket("fetcher"),
+            status_socket=run.socket("status"),
+            launcher_pid=run.launcher_pid,
+        )
+        file = run.run_dir / "fetcher.json"
+        file.write_bytes(msgspec.json.encode(config))
+        return Command([sys.executable, "-m", "openlora.serving.fetcher", str(file)], dict(os.environ))
+
     def _server_command(self) -> Command:
         remove_shared_memory(self._run.shm_prefix)
         write_run_key(self._run.run_key_path)  # tickets and chunks of before are worth nothing now
@@ -273,7 +298,7 @@ class Launcher:
     def _start_reading_adapters(self) -> None:
         """Tell the catalog which base model this is, then bring the adapters in beside everything else."""
         settings, run = self._run.settings, self._run
-        base = BaseFacts(str(run.base.path), run.base.digest, settings.engine.max_rank)
+        base = self._base
         with Catalog(run.catalog_path) as catalog:
             catalog.set_base(base)
 
@@ -314,7 +339,7 @@ class Launcher:
     def _shut_down(self) -> None:
         # The engine first: a tritonserver that is told to stop refuses the next chunk of every answer and waits for
         # its end; without an engine generation ends all of them at once, in the journal and towards their clients.
-        for process in (self._engine, self._gateway, self._server):
+        for process in (self._engine, self._fetcher, self._gateway, self._server):
             try:
                 process.stop(STOP_SECONDS)
             except OSError as error:

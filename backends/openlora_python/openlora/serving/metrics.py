@@ -62,6 +62,13 @@ ADAPTER_QUEUE = Family("openlora_adapter_queue_seconds_total", "counter", "Sum o
 ADAPTER_FIRST_TOKEN = Family(
     "openlora_adapter_time_to_first_token_seconds_total", "counter", "Sum of times to first token by adapter"
 )
+FETCHES = Family(
+    "openlora_adapter_fetches_total", "counter", "Adapters fetched into the cache for requests, by outcome"
+)
+FETCH_SECONDS = Family(
+    "openlora_adapter_fetch_seconds", "histogram", "From the first request to the bytes in the cache", SECONDS_BUCKETS
+)
+FETCHED = "fetched"
 REFUSED = Family("openlora_requests_refused_total", "counter", "Requests that the resolver refused, by error code")
 
 
@@ -135,6 +142,13 @@ class ServingMetrics:
                 # Two of them may share the label for the rest: then it counts once.
                 for label in {self._labels.label(name) for name in request.adapters or (BASE,)}:
                     self._record_adapter(gathered, label, request)
+
+    def record_fetch(self, error: OpenLoRAError | None, seconds: float) -> None:
+        """Count an adapter that was fetched, for however many requests, or wasn't."""
+        with self._lock:
+            self._gathered.add(FETCHES, 1, outcome=FETCHED if error is None else outcome_of(error))
+            if error is None:
+                self._gathered.observations.append((FETCH_SECONDS, seconds))
 
     def _record_adapter(self, gathered: _Gathered, label: str, request: RequestRecord) -> None:
         gathered.add(ADAPTER_REQUESTS, 1, adapter=label, outcome=request.outcome)

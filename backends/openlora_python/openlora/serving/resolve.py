@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.catalog import AdapterRecord, CatalogReader
-from ..adapters.store import mark_used
+from ..adapters.sources import SourceLimits, is_uri
+from ..adapters.store import mark_used, not_fetchable
 from ..attribution.blobs import terms_blob
 from ..attribution.card import Card, parse_card
 from ..config import RunConfig
 from ..engine.api import AdapterUse, Sampling
-from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument
+from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 from .access import AccessPolicy
 from .adapter_spec import AdapterSpec, parse_adapters
 from .guides import GUIDE_TENSOR, TYPE_TENSOR, guide_of
@@ -49,6 +50,7 @@ NEUTRAL = {
     "length_penalty": (0.0, 1.0),
 }
 MAX_LABEL_BYTES = 256
+MARKS = 4  # of a copy's use within the time that a use protects it
 IGNORED_PARAMETERS = frozenset({"id"})  # the id of a generate body arrives as a parameter as well
 
 
@@ -64,6 +66,7 @@ class ResolverStep:
         self._router = Router(run.catalog_path)
         self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
         self._base_card = _card(run.base.card)
+        self._mark_seconds = SourceLimits.from_environment().keep_seconds / MARKS
 
     def resolve(self, inputs: dict[str, Any], parameters: dict[str, Any], label: str) -> bytes:
         """The ticket.
@@ -137,8 +140,10 @@ class ResolverStep:
         )
 
     def _cached(self, record: AdapterRecord) -> Path:
+        """Where its bytes are, or will be before the engine reads them: those of a remote source are fetched."""
         path = self._run.adapter_cache / record.digest
-        mark_used(path, record.name)
+        if not mark_used(path, self._mark_seconds) and not is_uri(record.source):
+            raise Unavailable(f"adapter {record.name}: {not_fetchable(record.name)}")
         return path
 
     def _sampling(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> SamplingParameters:
