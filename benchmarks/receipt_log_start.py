@@ -1,6 +1,6 @@
-"""What the log's tree costs: building it anew at a start, a checkpoint under traffic, proofs, verifying a proof file.
+"""What a log of many receipts costs at a start and after: its tree made anew, checkpoints, proofs, verifying them.
 
-    python benchmarks/receipt_tree.py [--receipts 1000000] [--work DIR] [--json FILE]
+    python benchmarks/receipt_log_start.py [--receipts 1000000] [--work DIR] [--json FILE]
 
 A log of many rows is made in the form of the real one (leaf hashes are random, so nothing can be verified in it but the
 tree), then opened as the attribution step does. One JSON line, then a table.
@@ -32,7 +32,7 @@ REPEATS = 200
 GATES = {"start_s": 3.0}
 
 
-def measure_tree(receipts: int, state: Path) -> dict[str, Any]:
+def measure_start(receipts: int, state: Path) -> dict[str, Any]:
     """Seconds of wall time: `start_s` is what the attribution step waits for before it serves."""
     ReceiptLog.open(state).close()
     path = state / "log" / "receipts.sqlite"
@@ -90,8 +90,8 @@ def main() -> None:
     if arguments.work is not None:
         arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
-        measured = measure_tree(arguments.receipts, Path(scratch) / "state")
-    line = json.dumps({"benchmark": "receipt_tree", **measured})
+        measured = measure_start(arguments.receipts, Path(scratch) / "state")
+    line = json.dumps({"benchmark": "receipt_log_start", **measured})
     print(line)
     if arguments.json is not None:
         with arguments.json.open("a") as file:
