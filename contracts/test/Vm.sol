@@ -17,6 +17,8 @@ interface Vm {
     function expectRevert(bytes calldata data) external;
     function expectRevert(bytes4 selector) external;
     function expectEmit(address emitter) external;
+    function skip(bool skipped, string calldata reason) external;
+    function exists(string calldata path) external view returns (bool);
     function readFile(string calldata path) external view returns (string memory);
     function parseJsonKeys(string calldata json, string calldata path) external pure returns (string[] memory);
     function parseJsonString(string calldata json, string calldata path) external pure returns (string memory);
