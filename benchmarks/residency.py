@@ -9,8 +9,10 @@
 
 `scale`: requests for Zipf-distributed adapters, few of them resident, against the same requests with all resident.
 `stall`: streams decode while cold adapters are used, one after the other, against the same with those resident.
-`first-token`: by where the adapter was. `crowd`: more distinct adapters at once than slots. Adapters are made in
-`--work` once. One JSON line a run, then a table. Files leave the page cache before a cold adapter is used.
+`first-token`: by where the adapter was; over HTTP it comes from a server on loopback that sends 100 MB/s, through the
+fetcher process, before the engine gets the request, as in the server. `crowd`: more distinct adapters at once than
+slots. Adapters are made in `--work` once. One JSON line a run, then a table. Files leave the page cache before a cold
+adapter is used from disk.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from remote_adapters import remote_adapters
 from residency_traffic import Told, Watched, adapters_of, drop_from_page_cache, prompts, running, use_of
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +42,7 @@ PROMPT, NEW_TOKENS = 16, 32  # tokens of a request of `scale` and `crowd`
 STREAMS = 8
 COLD_RANK, COLD_PROMPT, COLD_NEW_TOKENS = 16, 16, 4
 INTERVAL_SECONDS = 0.3  # between the adapters of `stall`
+NETWORK_MB_PER_S = 100.0  # of the source of `first-token`
 COUNTED = ("hits_device", "hits_host", "hits_disk", "loads", "evictions_device", "evictions_host", "read_seconds")
 STANDING = ("slots_filled", "host_adapters", "host_bytes", "host_limit_bytes")
 
@@ -195,17 +199,24 @@ def _streams_beside(
 def first_token(options: argparse.Namespace, console: Console) -> tuple[Lines, Table]:
     paths = adapters_of(options, [COLD_RANK] * options.cold, console)
     lines: Lines = []
-    with running(options, max_adapters=4, host_adapter_bytes=4 << 30) as watched:
+    with (
+        running(options, max_adapters=4, host_adapter_bytes=4 << 30) as watched,
+        remote_adapters(options.model, options.work, NETWORK_MB_PER_S) as remote,
+    ):
         words = prompts(watched.engine, "first-token", COLD_PROMPT)
 
-        def seconds(use: AdapterUse) -> float:
-            told = watched.ask(next(words), use, 1)
-            return told.times[0] - told.submitted
+        def seconds(use: AdapterUse, fetch: Callable[[AdapterUse], None] = lambda use: None) -> float:
+            began = time.perf_counter()
+            fetch(use)
+            return watched.ask(next(words), use, 1).times[0] - began
 
         for repetition in range(options.repetitions):
-            drop_from_page_cache(paths)
+            elsewhere = remote.add([use_of(path, f"{repetition}-http") for path in paths])
+            over_http = [seconds(use, remote.fetch) for use in elsewhere]
             uses = [use_of(path, repetition) for path in paths]
+            drop_from_page_cache(paths)  # the same files, which were served and hashed just now
             found = {
+                "cold (HTTP)": over_http,
                 "cold (disk)": [seconds(use) for use in uses],
                 "warm (host)": [seconds(use) for use in uses],  # long since pushed out of its slot
                 "warm (device slot)": [(seconds(use), seconds(use))[1] for use in uses],
@@ -216,11 +227,9 @@ def first_token(options: argparse.Namespace, console: Console) -> tuple[Lines, T
         size = watched.engine.stats().adapters
     title = f"rank {COLD_RANK} ({size.host_bytes / size.host_adapters / 1e6:.1f} MB), prompt of {COLD_PROMPT} tokens"
     table = Table("adapter", "first token, p50", "p99", title=title)
-    for place in ("warm (device slot)", "warm (host)", "cold (disk)"):
+    for place in ("warm (device slot)", "warm (host)", "cold (disk)", "cold (HTTP)"):
         values = [median(lines, name, adapter=place) for name in ("ttft_p50_ms", "ttft_p99_ms")]
         table.add_row(place, *(f"{value:.1f} ms" for value in values))
-    # The engine reads from disk only: what comes over HTTP is on it before a request reaches the engine.
-    table.add_row("cold (HTTP)", "not measured here", "")
     return lines, table
 
 

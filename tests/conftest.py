@@ -12,6 +12,11 @@ from chain import Devnet
 from live_server import LiveServer, key_digest
 from make_demo import ensure_demo
 
+from openlora.adapters.base_modules import base_modules
+from openlora.adapters.catalog import BaseFacts
+from openlora.adapters.ingest_worker import MODULES_DIRECTORY
+from openlora.adapters.manifest import model_manifest
+
 DEMO = Path(__file__).resolve().parents[1] / "var" / "demo"
 ALICE_KEY = "alice-key-for-tests"
 
@@ -30,6 +35,30 @@ def demo_adapters(demo: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def prompts(demo: Path) -> list[str]:
     return json.loads((demo / "prompts.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFacts:
+    """A tiny random model, as adapters are checked against it. Not to be changed."""
+    from tiny_models import make_model  # torch, which few tests need
+
+    path = make_model(tmp_path_factory.mktemp("base"))
+    return BaseFacts(path, model_manifest(Path(path)).digest, 16)
+
+
+@pytest.fixture(scope="session")
+def known_modules(base: BaseFacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ingest keeps of that model, so that no worker has to import torch."""
+    directory = tmp_path_factory.mktemp("known") / MODULES_DIRECTORY
+    base_modules(Path(base.path), base.digest, directory)
+    return directory
+
+
+@pytest.fixture
+def state(known_modules: Path, tmp_path: Path) -> Path:
+    """A state directory without adapters."""
+    shutil.copytree(known_modules, tmp_path / "state" / MODULES_DIRECTORY)
+    return tmp_path / "state"
 
 
 @pytest.fixture(scope="session")

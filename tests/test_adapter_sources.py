@@ -10,7 +10,6 @@ import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -18,16 +17,23 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from scripted_source import Fault, ScriptedSource
-from tiny_models import make_adapter, make_model
+from tiny_models import make_adapter
 from typer.testing import CliRunner
 
-from openlora.adapters.catalog import BaseFacts, CatalogReader
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.fetch import FetchArea
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import check_result, fetch_evicted, job_of
-from openlora.adapters.ingest_worker import Copied, Downloaded, IngestJob, IngestRequest, IngestResult, Started
-from openlora.adapters.manifest import adapter_manifest, model_manifest
+from openlora.adapters.ingest_worker import (
+    Copied,
+    Downloaded,
+    IngestJob,
+    IngestRequest,
+    IngestResult,
+    Started,
+    known_records,
+)
+from openlora.adapters.manifest import adapter_manifest
 from openlora.adapters.sources import SourceLimits, parse_uri
 from openlora.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 
@@ -39,31 +45,11 @@ HASTY = replace(QUICK, stall_seconds=1.0)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("base"))
-    return BaseFacts(path, model_manifest(Path(path)).digest, 16)
-
-
-@pytest.fixture(scope="module")
 def pristine(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pristine")
     for number, name in enumerate(("cook", "poet", "bard")):
         make_adapter(base.path, folder / name, number, r=4, target_modules=["q_proj", "v_proj"])
     return folder
-
-
-@pytest.fixture(scope="module")
-def built_state(base, pristine, tmp_path_factory):
-    """A state directory that knows the base model's modules, so that no worker has to import torch."""
-    state = tmp_path_factory.mktemp("state")
-    check_result(*ingest(state, base, [IngestJob("poet", str(pristine / "poet"))]))
-    return state
-
-
-@pytest.fixture
-def state(built_state, tmp_path):
-    shutil.copytree(built_state / "base_modules", tmp_path / "state" / "base_modules")
-    return tmp_path / "state"
 
 
 @pytest.fixture
@@ -118,14 +104,6 @@ def add_all(state, base, source, places):
     return ingest(state, base, [job_of(f"{source.url}/{place}", None) for place in places], limits=QUICK)
 
 
-def records(state):
-    reader = CatalogReader(state / "catalog.sqlite")
-    try:
-        return reader.records()
-    finally:
-        reader.close()
-
-
 def in_cache(state):
     return sorted(entry.name for entry in (state / "adapters").glob("[!.]*"))
 
@@ -154,7 +132,7 @@ def failed(state, result, reason, status="failed"):
     assert (result.status, result.version) == (status, 0)
     assert reason in result.reason
     assert in_cache(state) == []
-    assert not (state / "catalog.sqlite").exists() or records(state) == []
+    assert not (state / "catalog.sqlite").exists() or known_records(state) == []
 
 
 def failed_clean(state, result, reason, status="failed"):
@@ -167,7 +145,7 @@ def test_an_adapter_arrives_whole_and_says_where_it_came_from(state, base, http,
     seen = []
     (result,) = ingest(state, base, [job_of(http.url + "/poet/", None)], seen.append, QUICK)
     arrived(state, result, poet)
-    (record,) = records(state)
+    (record,) = known_records(state)
     assert (record.name, record.source, record.card) == ("poet", f"{http.url}/poet", CARD)
     size = sum(len(content) for path, content in http.files.items() if path.startswith("/poet/"))
     assert Downloaded("poet", size, size) in seen
@@ -517,7 +495,7 @@ def test_bytes_of_another_digest_are_refused_and_leave_the_good_version_alone(st
     result = add(state, base, http, digest=poet)
     assert (result.status, result.version) == ("quarantined", 0)
     assert result.reason == f"its digest is {result.digest}, {poet} was asked for"
-    assert [(record.version, record.status) for record in records(state)] == [(1, "ready")]
+    assert [(record.version, record.status) for record in known_records(state)] == [(1, "ready")]
     assert (in_cache(state), left_over(state)) == ([poet], [])
 
 
@@ -678,18 +656,18 @@ def test_a_local_adapter_is_checked_against_its_digest_too(state, base, pristine
     (good,) = ingest(state, base, [job_of(str(pristine / "poet"), None, poet)])
     (bad,) = ingest(state, base, [job_of(str(pristine / "bard"), "poet", poet)])
     assert (good.status, bad.status, bad.version) == ("ready", "quarantined", 0)
-    assert len(records(state)) == 1
+    assert len(known_records(state)) == 1
 
 
 def test_evicted_files_come_back_and_their_terms_stay(state, base, http, poet):
     add(state, base, http)
     shutil.rmtree(state / "adapters" / poet)
     http.files["/poet/openlora.json"] = json.dumps(CARD).encode()
-    before = records(state)
+    before = known_records(state)
     (result,) = fetch_evicted(state, base, ["poet"])
     arrived(state, result, poet)
     assert result.version == 1
-    assert records(state) == before
+    assert known_records(state) == before
     assert fetch_evicted(state, base, []) == []
     with pytest.raises(AdapterNotFound, match="'nobody'"):
         fetch_evicted(state, base, ["nobody"])
@@ -699,11 +677,11 @@ def test_evicted_files_whose_source_holds_others_now_do_not_come_back(state, bas
     add(state, base, http)
     shutil.rmtree(state / "adapters" / poet)
     serve(http, pristine / "bard", "poet")
-    before = records(state)
+    before = known_records(state)
     (result,) = fetch_evicted(state, base, [])
     with pytest.raises(AdapterInvalid, match=f"{poet} was asked for"):
         check_result(result)
-    assert (records(state), in_cache(state), left_over(state)) == (before, [], [])
+    assert (known_records(state), in_cache(state), left_over(state)) == (before, [], [])
 
 
 def test_limits_come_from_the_environment(monkeypatch):

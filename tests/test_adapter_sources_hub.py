@@ -2,27 +2,19 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 from scripted_source import Fault, ScriptedSource
-from tiny_models import make_adapter, make_model
+from tiny_models import make_adapter
 
-from openlora.adapters.catalog import BaseFacts
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import job_of
-from openlora.adapters.manifest import adapter_manifest, model_manifest
+from openlora.adapters.manifest import adapter_manifest
 from openlora.adapters.sources import SourceLimits
 
 QUICK = SourceLimits(attempts=3, first_wait_seconds=0.005, longest_wait_seconds=0.02)
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 TREE = "/api/models/org/poet/tree/main"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("base"))
-    return BaseFacts(path, model_manifest(Path(path)).digest, 16)
 
 
 @pytest.fixture(scope="module")

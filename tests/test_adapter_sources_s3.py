@@ -5,31 +5,23 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 import s3fs
-from tiny_models import make_adapter, make_model
+from tiny_models import make_adapter
 from typer.testing import CliRunner
 
-from openlora.adapters.catalog import BaseFacts
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.fetch import DESCRIPTION_FILE, FetchArea, state_of
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import job_of
-from openlora.adapters.manifest import adapter_manifest, model_manifest
+from openlora.adapters.manifest import adapter_manifest
 from openlora.adapters.object_source import ObjectSource
 from openlora.adapters.sources import SourceLimits, parse_uri
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 QUICK = SourceLimits(attempts=3, first_wait_seconds=0.005, longest_wait_seconds=0.02)
 LOGIN = {"AWS_ACCESS_KEY_ID": "AKIATESTTESTTEST", "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-the-test"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("base"))
-    return BaseFacts(path, model_manifest(Path(path)).digest, 16)
 
 
 @pytest.fixture(scope="module")

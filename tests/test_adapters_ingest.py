@@ -18,7 +18,15 @@ from tiny_models import make_adapter, make_model
 from openlora.adapters.base_modules import base_modules
 from openlora.adapters.catalog import BaseFacts, Catalog, CatalogReader
 from openlora.adapters.ingest import ingest, sync_directory
-from openlora.adapters.ingest_worker import Copied, Ingester, IngestJob, IngestRequest, IngestResult, Started
+from openlora.adapters.ingest_worker import (
+    Copied,
+    Ingester,
+    IngestJob,
+    IngestRequest,
+    IngestResult,
+    Started,
+    known_records,
+)
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.adapters.store import AdapterStore, Incoming, SourceDirectory, copy_adapter
 from openlora.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable, UnsupportedModel
@@ -26,28 +34,6 @@ from openlora.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Un
 WEIGHTS = "adapter_model.safetensors"
 ADDRESS = "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed"  # from EIP-55
 CARD = {"schema": 1, "owner": ADDRESS, "licence": "MIT", "prices": {"version": 1, "input": 1, "output": 2}}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("base"))
-    return BaseFacts(path, model_manifest(Path(path)).digest, 16)
-
-
-@pytest.fixture(scope="module")
-def built_state(base, tmp_path_factory):
-    """A state directory that knows the base model's modules, so that no worker has to import torch."""
-    state = tmp_path_factory.mktemp("state")
-    folder = tmp_path_factory.mktemp("first") / "first"
-    make_adapter(base.path, folder, 1, r=2, target_modules=["q_proj"])
-    assert [result.status for result in ingest(state, base, [IngestJob("first", str(folder))])] == ["ready"]
-    return state
-
-
-@pytest.fixture
-def state(built_state, tmp_path):
-    shutil.copytree(built_state / "base_modules", tmp_path / "state" / "base_modules")
-    return tmp_path / "state"
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +47,6 @@ def pristine(base, tmp_path_factory):
 @pytest.fixture
 def adapters(pristine, tmp_path):
     return shutil.copytree(pristine, tmp_path / "adapters")
-
-
-def records(state):
-    reader = CatalogReader(state / "catalog.sqlite")
-    try:
-        return reader.records()
-    finally:
-        reader.close()
 
 
 def add(state, base, folder, name=None):
@@ -88,7 +66,7 @@ def refused(state, base, folder):
     result = add(state, base, folder)
     assert (result.status, result.rank) == ("quarantined", 0)
     assert in_cache(state) == []
-    (record,) = records(state)
+    (record,) = known_records(state)
     assert (record.status, record.reason) == ("quarantined", result.reason)
     return result.reason
 
@@ -104,7 +82,7 @@ def test_a_good_adapter_is_copied_and_recorded(state, base, adapters):
     assert files_of(copy) == {name: (source / name).read_bytes() for name in ("adapter_config.json", WEIGHTS)}
     assert all((copy / name).stat().st_ino != (source / name).stat().st_ino for name in os.listdir(copy))
     assert [path.stat().st_mode & 0o777 for path in (state / "adapters", copy)] == [0o700, 0o700]
-    (record,) = records(state)
+    (record,) = known_records(state)
     assert record.card == CARD
     assert (record.base, record.target_modules) == (base.digest, ("q_proj", "v_proj"))
     size = sum((copy / name).stat().st_size for name in os.listdir(copy))
@@ -125,7 +103,7 @@ def test_a_rewritten_source_does_not_change_the_copy(state, base, adapters):
 
 def test_the_same_again_changes_nothing_and_does_not_copy(state, base, adapters):
     def found():  # the files' times are noted as soon as they are old enough
-        return [replace(record, source_state="") for record in records(state)], in_cache(state)
+        return [replace(record, source_state="") for record in known_records(state)], in_cache(state)
 
     first = sync_directory(adapters, state, base)
     before = found()
@@ -198,7 +176,7 @@ def test_two_names_may_share_their_bytes_but_not_their_terms(state, base, adapte
     two = add(state, base, adapters / "poet", "bard")
     assert one.digest == two.digest
     assert in_cache(state) == [one.digest]
-    assert {record.name: record.card for record in records(state)} == {"poet": None, "bard": CARD}
+    assert {record.name: record.card for record in known_records(state)} == {"poet": None, "bard": CARD}
 
 
 def test_a_changed_card_changes_the_terms_not_the_version(state, base, adapters):
@@ -206,7 +184,7 @@ def test_a_changed_card_changes_the_terms_not_the_version(state, base, adapters)
     (adapters / "poet" / "openlora.json").write_text(json.dumps(CARD))
     result = add(state, base, adapters / "poet")
     assert (result.version, result.change) == (1, "updated")
-    assert records(state)[0].card == CARD
+    assert known_records(state)[0].card == CARD
 
 
 @pytest.mark.parametrize(
@@ -304,7 +282,7 @@ def test_adapters_that_vanish_from_the_directory_are_removed_and_others_stay(sta
     shutil.rmtree(adapters / "cook")
     results = sync_directory(adapters, state, base)
     assert ("cook", "removed") in [(result.name, result.status) for result in results]
-    assert [record.name for record in records(state)] == ["by-hand", "poet"]
+    assert [record.name for record in known_records(state)] == ["by-hand", "poet"]
     assert [result.name for result in sync_directory(adapters, state, base)] == ["poet"]
 
 
@@ -357,7 +335,7 @@ def test_a_worker_that_dies_costs_one_adapter(state, base, adapters):
     assert (cook.status, cook.reason) == ("failed", "the ingest process ended with status -9: ")
     assert poet.status == "ready"
     assert in_cache(state) == [poet.digest]
-    assert [record.name for record in records(state)] == ["poet"]
+    assert [record.name for record in known_records(state)] == ["poet"]
 
 
 def worker_of(parent):
@@ -383,7 +361,7 @@ def test_a_kill_in_the_middle_of_a_copy_leaves_nothing_half(state, base, adapter
     assert 0 < copied.done < copied.total
     assert [name for name in in_cache(state) if not name.startswith(".incoming-")] == []
     assert len(in_cache(state)) == 1
-    assert records(state) == []
+    assert known_records(state) == []
 
     (source / WEIGHTS).write_bytes(whole)
     result = add(state, base, source)
@@ -413,7 +391,7 @@ def test_a_worker_goes_with_its_parent(state, base, adapters):
     ended, _, _ = select.select([worker], [], [], 60)
     os.close(worker)
     assert ended
-    assert records(state) == []
+    assert known_records(state) == []
 
 
 def test_a_damaged_cache_entry_is_replaced(state, base, adapters):
@@ -477,7 +455,7 @@ def test_a_full_disk_is_not_the_adapters_fault(state, base, adapters):
     result = msgspec.json.decode(done.stdout.splitlines()[-1], type=IngestResult | Started | Copied)
     assert result.status == "failed"
     assert os.strerror(errno.EFBIG) in result.reason
-    assert records(state) == []
+    assert known_records(state) == []
     assert in_cache(state) == []
 
 
@@ -503,8 +481,8 @@ def test_an_adapter_that_can_not_be_read_any_more_keeps_its_access(state, base, 
     assert add(state, base, source).status == "ready"
     card.write_text("{")
     assert add(state, base, source).status == "quarantined"
-    assert records(state)[-1].card["access"] == rule
+    assert known_records(state)[-1].card["access"] == rule
     (source / WEIGHTS).unlink()
     (source / WEIGHTS).symlink_to("/etc/passwd")
     assert add(state, base, source).status == "quarantined"
-    assert records(state)[-1].card["access"] == rule
+    assert known_records(state)[-1].card["access"] == rule

@@ -11,17 +11,11 @@ from tiny_models import make_adapter, make_model
 
 from openlora.adapters.catalog import BaseFacts, Catalog, CatalogReader
 from openlora.adapters.ingest import sync_directory
-from openlora.adapters.ingest_worker import IngestResult, Started
+from openlora.adapters.ingest_worker import IngestResult, Started, known_records
 from openlora.adapters.manifest import SETTLED_NS, model_manifest
 
 NAMES = [f"poet-{number}" for number in range(5)]
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("base"))
-    return BaseFacts(path, model_manifest(Path(path)).digest, 16)
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +67,8 @@ def sync(adapters, state, base):
     return {result.name: result for result in results}, [event.name for event in events if isinstance(event, Started)]
 
 
-def records(state):
-    reader = CatalogReader(state / "catalog.sqlite")
-    try:
-        return reader.records()
-    finally:
-        reader.close()
-
-
 def test_nothing_changed_means_no_worker_and_no_write(adapters, state, base):
-    before = records(state)
+    before = known_records(state)
     reader = CatalogReader(state / "catalog.sqlite")
     data_version = reader._connection.execute("PRAGMA data_version").fetchone()
     results, worked_on = sync(adapters, state, base)
@@ -90,7 +76,7 @@ def test_nothing_changed_means_no_worker_and_no_write(adapters, state, base):
     assert [(name, result.change, result.status, result.version) for name, result in results.items()] == [
         (name, "unchanged", "ready", 1) for name in NAMES
     ]
-    assert records(state) == before
+    assert known_records(state) == before
     assert reader._connection.execute("PRAGMA data_version").fetchone() == data_version
     reader.close()
 
@@ -117,7 +103,7 @@ def test_only_what_changed_is_read(own, base):
 
 @pytest.mark.parametrize("loss", ["copy", "base", "rank limit", "quarantine"])
 def test_what_can_not_be_served_as_it_is_is_read_again(adapters, state, base, tmp_path, loss):
-    (lost, *_) = records(state)
+    (lost, *_) = known_records(state)
     if loss == "copy":
         (state / "adapters" / lost.digest / WEIGHTS).unlink()
     elif loss == "base":
@@ -160,4 +146,4 @@ def test_a_card_alone_is_a_change(own, base):
     results, worked_on = sync(mine, state, base)
     assert worked_on == ["poet-4"]
     assert (results["poet-4"].version, results["poet-4"].change) == (1, "updated")
-    assert records(state)[-1].card == card
+    assert known_records(state)[-1].card == card

@@ -3,21 +3,20 @@
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_source import ScriptedSource
-from tiny_models import make_adapter, make_model
+from tiny_models import make_adapter
 from typer.testing import CliRunner
 
-from openlora.adapters.cache_quota import evictions, irreplaceable
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog
+from openlora.adapters.cache_quota import evictions
+from openlora.adapters.catalog import AdapterRecord, Catalog, CatalogReader
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import check_result, job_of
-from openlora.adapters.manifest import adapter_manifest, model_manifest
+from openlora.adapters.manifest import adapter_manifest
 from openlora.adapters.sources import SourceLimits
 from openlora.adapters.store import CachedCopy, mark_used
 from openlora.errors import Overloaded
@@ -54,23 +53,25 @@ def test_without_a_quota_nothing_goes():
     assert evictions([CachedCopy("a", 1 << 50, 0.0)], bool, 1 << 50, replace(LIMITS, cache_bytes=None)) == []
 
 
-def test_what_only_this_machine_has_is_irreplaceable():
-    remote = AdapterRecord("a", 1, "aa", 4, "ready", "", None, source="https://host/a")
+def test_what_only_this_machine_has_is_irreplaceable(tmp_path):
+    remote = AdapterRecord("a", 0, "aa", 4, "ready", "", None, source="https://host/a")
     records = [
+        replace(remote, name="pinned", digest="ff"),
         remote,
         replace(remote, digest="bb", source="/models/b"),
         replace(remote, digest="cc", source="merge:123"),
         replace(remote, digest="dd", source="/models/d", status="quarantined"),
         replace(remote, digest="ee"),
         replace(remote, digest="ee", name="e", source="/models/e"),
+        replace(remote, name="pinned", digest="gg"),
+        replace(remote, name="removed", digest="hh", source="/models/h"),
     ]
-    assert irreplaceable(records) == {"bb", "cc", "dd", "ee"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = make_model(tmp_path_factory.mktemp("base"))
-    return BaseFacts(path, model_manifest(Path(path)).digest, 16)
+    with Catalog(tmp_path / "catalog.sqlite") as catalog:
+        for record in records:
+            catalog.put(record)
+        catalog.pin("pinned")
+        catalog.remove("removed")
+    assert CatalogReader(tmp_path / "catalog.sqlite").irreplaceable() == {"bb", "cc", "dd", "ee", "gg"}
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,9 @@ def test_a_chain_that_was_lost_is_deployed_anew_here_alone(own: Devnet) -> None:
     own.start()
     assert own.deployment.genesis != before.genesis
     own.deployment.connect()
-    with pytest.raises(ChainMismatch, match="genesis is 0x[0-9a-f]{64} on this chain, 0x[0-9a-f]{64} in the deployment"):
+    with pytest.raises(
+        ChainMismatch, match="genesis is 0x[0-9a-f]{64} on this chain, 0x[0-9a-f]{64} in the deployment"
+    ):
         before.connect()
     options, web3 = DevnetOptions(own.state_dir, own.port), own.web3
     for foreign in ({"chain_id": 1}, {"rpc_url": "http://chain.example:8545"}):
@@ -113,9 +115,7 @@ def test_every_difference_stops(own: Devnet) -> None:
         with pytest.raises(ChainMismatch, match=words):
             deployment.model_copy(update={"contracts": contracts}).connect()
     own.rpc("anvil_setCode", registry.address, "0x60006000")
-    done = own.command(
-        "revoke", "ab" * 32, "--key", str(own.key("owner-1")), "--deployment", str(own.deployment_file)
-    )
+    done = own.command("revoke", "ab" * 32, "--key", str(own.key("owner-1")), "--deployment", str(own.deployment_file))
     assert (done.returncode, "code hash of AdapterRegistry" in done.stderr) == (9, True)
     own.stop()
     with pytest.raises(Unavailable, match="no chain answers at 127.0.0.1"):
@@ -163,7 +163,11 @@ def test_without_anvil_it_says_what_brings_it(tmp_path: Path, monkeypatch: pytes
 def test_public_keys_are_for_this_machine_alone(devnet: Devnet, tmp_path: Path) -> None:
     for role in ROLES:
         assert devnet.key(role).stat().st_mode & 0o777 == 0o600
-        for chain_id, url in [(1, devnet.deployment.rpc_url), (31337, "http://chain.example"), (31337, "http://10.0.0.1")]:
+        for chain_id, url in [
+            (1, devnet.deployment.rpc_url),
+            (31337, "http://chain.example"),
+            (31337, "http://10.0.0.1"),
+        ]:
             with pytest.raises(InvalidArgument, match="one of anvil's keys, which everybody has"):
                 load_signer(devnet.key(role), chain_id, url)
     mine = Account.create()

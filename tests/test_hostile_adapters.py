@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from tiny_models import Engine, digest_of, make_adapter, make_model, make_prompt, use
+from tiny_models import Engine, digest_of, make_adapter, make_prompt, use
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -32,12 +32,11 @@ from openlora.adapters.commands import adapters_app
 from openlora.adapters.ingest import ingest, sync_directory
 from openlora.adapters.ingest_worker import Copied, Ingester, IngestJob, IngestRequest, IngestResult
 from openlora.adapters.lora_config import AdapterConfig
-from openlora.adapters.manifest import adapter_manifest, model_manifest
+from openlora.adapters.manifest import adapter_manifest
 from openlora.adapters.store import AdapterStore
 from openlora.engine.api import WEIGHT_ONE, AdapterUse
 from openlora.errors import InvalidArgument
 
-MAX_RANK = 16
 PROMPT = make_prompt(1, 20)
 PREFIX = "base_model.model."
 GOOD = ("good", "good-between", "good-last")
@@ -53,12 +52,6 @@ results = ingest(Path(request.state_dir), request.base, request.jobs)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 sys.stdout.buffer.write(msgspec.json.encode((results, used.ru_maxrss * 1024)))
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> BaseFacts:
-    path = make_model(tmp_path_factory.mktemp("base"))
-    return BaseFacts(path, model_manifest(Path(path)).digest, MAX_RANK)
 
 
 @pytest.fixture(scope="module")

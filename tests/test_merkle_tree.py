@@ -23,9 +23,11 @@ from openlora.attribution.merkle_tree import (
 from openlora.attribution.receipt import leaf_hash
 from openlora.errors import InvalidArgument
 
-VECTORS = Path(__file__).parent / "vectors"
-PUBLIC = json.loads((VECTORS / "rfc6962" / "vectors.json").read_text())
-OWN = json.loads((VECTORS / "tree_v1.json").read_text())
+OWN = json.loads(Path(__file__).with_name("vectors").joinpath("tree_v1.json").read_text())
+# Cases of transparency-dev/merkle by name. They are not ours: they lie beside the checkout or not at all.
+PUBLIC_FILE = Path(__file__).parents[2] / "shared" / "vectors" / "rfc6962" / "vectors.json"
+PUBLIC = json.loads(PUBLIC_FILE.read_text()) if PUBLIC_FILE.is_file() else {}
+needs_public_vectors = pytest.mark.skipif(not PUBLIC, reason="no ../shared/vectors/rfc6962/vectors.json")
 LARGEST = 40
 
 
@@ -76,6 +78,7 @@ def decoded(values: list[str] | None) -> list[bytes]:
     return [base64.b64decode(one) for one in values or []]
 
 
+@needs_public_vectors
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith("inclusion/")])
 def test_public_inclusion_vectors(name: str) -> None:
     case = PUBLIC[name]
@@ -84,6 +87,7 @@ def test_public_inclusion_vectors(name: str) -> None:
     assert good is not case["wantErr"]
 
 
+@needs_public_vectors
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith("consistency/")])
 def test_public_consistency_vectors(name: str) -> None:
     case = PUBLIC[name]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openlora.engine.api import EngineStats
-from openlora.errors import AdapterNotFound, EngineRestarted, Overloaded
+from openlora.errors import AdapterNotFound, EngineRestarted, Overloaded, Unavailable
 from openlora.serving.engine_metrics import ENGINE_METRICS, EngineMetrics
 from openlora.serving.metrics import (
     OTHER,
@@ -141,6 +141,18 @@ def test_the_rest_is_counted_together_and_an_ensemble_of_it_once() -> None:
     counts = {label: memory.value("adapter_requests_total", adapter=label, outcome="stop") for label in ("a", OTHER)}
     assert counts == {"a": 2, OTHER: 4}
     assert memory.labels("adapter") == {"a", OTHER}
+
+
+def test_fetches_are_counted_by_how_they_ended() -> None:
+    registry = Memory()
+    metrics = ServingMetrics(registry, 10)
+    metrics.record_fetch(None, 0.2)
+    metrics.record_fetch(None, 0.4)
+    metrics.record_fetch(Unavailable("its source is down"), 9.0)
+    metrics.publish()
+    assert registry.value("adapter_fetches_total", outcome="fetched") == 2
+    assert registry.value("adapter_fetches_total", outcome="unavailable") == 1
+    assert registry.series["openlora_adapter_fetch_seconds", frozenset()].observed == [0.2, 0.4]
 
 
 def test_the_engines_statistics_follow_it_from_life_to_life() -> None:

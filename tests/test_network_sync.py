@@ -160,9 +160,7 @@ def test_access_is_the_chain_s_at_once(node: ChainNode, devnet: Devnet) -> None:
         ({"uri": "http://user:pw@127.0.0.1/x"}, "which are never stored"),
     ],
 )
-def test_what_can_t_be_served_is_said_and_hurts_nobody(
-    node: ChainNode, changes: dict[str, str], words: str
-) -> None:
+def test_what_can_t_be_served_is_said_and_hurts_nobody(node: ChainNode, changes: dict[str, str], words: str) -> None:
     node.publish("bad", **changes)
     node.publish("good")
     synced = node.sync.once()
@@ -186,7 +184,9 @@ def test_terms_that_no_receipt_could_name_are_refused(node: ChainNode, devnet: D
         "08" * 32: terms_of("08" * 32, {**CARD, "owner": owner}).replace('"1"', '"\\ud800"'),
     }
     for key, document in documents.items():
-        call = registry.register(bytes.fromhex(key), bytes.fromhex(node.base.digest), f"n{key[:2]}", "http://x/y", document)
+        call = registry.register(
+            bytes.fromhex(key), bytes.fromhex(node.base.digest), f"n{key[:2]}", "http://x/y", document
+        )
         devnet.send("owner-1", call)
     synced = node.sync.once()
     assert {name.partition("(")[2][:4] for name in synced.refused} == {key[:4] for key in documents}
@@ -232,7 +232,9 @@ def test_a_slow_source_does_not_hold_up_the_view(node: ChainNode, devnet: Devnet
     node.http.over.set()
 
 
-def test_a_chain_that_does_not_answer_leaves_the_view_as_it_was(devnet: Devnet, http: ScriptedSource, tmp_path: Path) -> None:
+def test_a_chain_that_does_not_answer_leaves_the_view_as_it_was(
+    devnet: Devnet, http: ScriptedSource, tmp_path: Path
+) -> None:
     own = Devnet(tmp_path / "devnet").start()
     node = ChainNode(tmp_path, own, http)
     try:
@@ -315,7 +317,10 @@ def test_settlement_and_catalog_agree_on_what_is_in_force(node: ChainNode, devne
         parameters = registry.parameters(header)
         assert (view.parameters and view.parameters.digest) == (parameters and parameters.digest)
         listed = {(bytes.fromhex(one.owner[2:]), one.digest): (one.terms.digest, one.base) for one in view.models}
-        models = {(bytes.fromhex(e.args["owner"][2:]), e.args["digest"]) for e in facts.of("AdapterRegistry", "ModelRegistered")}
+        models = {
+            (bytes.fromhex(e.args["owner"][2:]), e.args["digest"])
+            for e in facts.of("AdapterRegistry", "ModelRegistered")
+        }
         settled = {key: found for key in models if (found := registry.terms(*key, header)) is not None}
         assert listed == {key: (one.terms_hash, one.base) for key, one in settled.items()}
 
@@ -392,7 +397,12 @@ def test_a_cache_of_another_deployment_is_begun_anew(devnet: Devnet, tmp_path: P
 def test_parameters_must_be_exactly_of_their_form() -> None:
     from openlora.network.parameters import parse_parameters
 
-    right = {"schema": 1, "platform": "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed", "platform_ppm": 1, "node_ppm": 999_999}
+    right = {
+        "schema": 1,
+        "platform": "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed",
+        "platform_ppm": 1,
+        "node_ppm": 999_999,
+    }
     right |= {"adapter_ppm": 0, "data_ppm": 0, "base_ppm": 0, "max_age": 60}
     assert json.loads(parse_parameters(right).document) == right
     for change, words in [

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import Overloaded
-from .catalog import AdapterRecord
-from .sources import SourceLimits, is_uri
+from .sources import SourceLimits
 from .store import CachedCopy
-
-
-def irreplaceable(records: Iterable[AdapterRecord]) -> set[str]:
-    """Digests that a version needs and no remote source could bring again (local ones, and merges), and pinned ones.
-
-    Quarantined ones too: another base model may make them ready.
-    """
-    return {record.digest for record in records if record.pinned or not is_uri(record.source)}
 
 
 def evictions(

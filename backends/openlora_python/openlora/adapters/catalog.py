@@ -14,9 +14,20 @@ from typing import Any, Literal
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 from ..transaction import create_private, transaction
+from .catalog_rows import (
+    CHAIN_NAME,
+    NAME,
+    AdapterFilter,
+    AdapterRecord,
+    BaseFacts,
+    Page,
+    find,
+    select,
+    select_irreplaceable,
+    select_page,
+)
 from .chain_view import CHAIN_ORIGIN, ChainTerms, ChainView, read_view, write_view
 from .chain_view import SCHEMA as CHAIN_SCHEMA
-from .catalog_rows import CHAIN_NAME, NAME, AdapterFilter, AdapterRecord, BaseFacts, Page, find, select, select_page
 
 RESERVED_NAMES = ("base",)
 BUSY_SECONDS = 10.0
@@ -390,6 +401,14 @@ class CatalogReader:
     def records(self) -> list[AdapterRecord]:
         """All versions that aren't removed, by name and version."""
         return self.page().records
+
+    def irreplaceable(self) -> set[str]:
+        """Digests that a version needs and no remote source could bring again (local ones, merges), and pinned ones.
+
+        Quarantined ones too: another base model may make them ready.
+        """
+        with self._lock:
+            return select_irreplaceable(self._connection)
 
     def page(self, wanted: AdapterFilter | None = None, after: str = "", limit: int | None = None) -> Page:
         """The versions that are `wanted` (None: all) of at most `limit` names (None: all) that sort after `after`."""

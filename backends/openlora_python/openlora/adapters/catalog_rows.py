@@ -135,6 +135,15 @@ def select_page(connection: sqlite3.Connection, wanted: AdapterFilter, after: st
     return Page([_checked(row) for row in rows], more)
 
 
+def select_irreplaceable(connection: sqlite3.Connection) -> set[str]:
+    """See `CatalogReader.irreplaceable`. Not by way of records: a request may wait for this."""
+    rows = connection.execute(
+        f"SELECT DISTINCT a.digest {FROM} WHERE a.removed_at IS NULL "
+        "AND (NOT instr(a.source, '://') OR (n.pinned AND a.version = n.current))"
+    )
+    return {digest for (digest,) in rows}
+
+
 def find(connection: sqlite3.Connection, name: str, version: int | str | None) -> AdapterRecord:
     """The version of `name` that is meant, quarantined when it does not fit the base of today.
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -37,6 +39,7 @@ class HttpSource:
         self._origin = _origin(_url(self._parts.geturl()))
         self._client = httpx.Client(
             auth=None if self._login else _netrc(),
+            verify=trusted_certificates(),
             headers={"Accept-Encoding": "identity", "User-Agent": "openlora"},
             timeout=httpx.Timeout(limits.stall_seconds, connect=limits.connect_seconds),
         )
@@ -153,6 +156,12 @@ def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
 def _retry_after(response: httpx.Response) -> float:
     asked = response.headers.get("retry-after", "")
     return float(asked) if re.fullmatch(r"\d{1,9}", asked) else 0.0
+
+
+@cache
+def trusted_certificates() -> ssl.SSLContext:
+    """The certificates that this process trusts, read once: that takes longer than a small adapter does."""
+    return httpx.create_ssl_context()
 
 
 def _netrc() -> httpx.NetRCAuth | None:

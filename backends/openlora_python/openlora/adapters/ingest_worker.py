@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import msgspec
 from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
 from .base_modules import BaseModules, base_modules
-from .cache_quota import evictions, irreplaceable
+from .cache_quota import evictions
 from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
 from .chain_view import CHAIN_ORIGIN
 from .checking_limits import cpu_limit, memory_limit
@@ -43,9 +43,9 @@ MEMORY_PER_BYTE = 3  # the file, its tensors, and one tensor's numbers being loo
 class IngestJob(msgspec.Struct, frozen=True):
     """One adapter to bring in.
 
-    `source` is an absolute path or a URI; `origin` the --adapters directory that owns it, CHAIN_ORIGIN, or empty; `digest` the only
-    one that is taken, if given. With `restores`, the number of a version, only that version's bytes come back. A `lazy`
-    one, a URI with a digest, is announced without its weights.
+    `source` is an absolute path or a URI; `origin` the --adapters directory that owns it, CHAIN_ORIGIN, or empty;
+    `digest` the only one that is taken, if given. With `restores`, the number of a version, only that version's bytes
+    come back. A `lazy` one, a URI with a digest, is announced without its weights.
     """
 
     name: str
@@ -227,7 +227,8 @@ class Ingester:
         """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
         if self._limits.cache_bytes is None:
             return []
-        kept = irreplaceable(known_records(self._state_dir))
+        with closing(CatalogReader(self._state_dir / CATALOG_FILE)) as reader:
+            kept = reader.irreplaceable()
         return evictions(
             self._store.copies(), lambda digest: digest in kept or self._store.is_leased(digest), more, self._limits
         )
@@ -311,11 +312,8 @@ def result_of(record: AdapterRecord, change: Literal["added", "updated", "unchan
 
 def known_records(state_dir: Path) -> list[AdapterRecord]:
     """All versions in the catalog that aren't removed."""
-    reader = CatalogReader(state_dir / CATALOG_FILE)
-    try:
+    with closing(CatalogReader(state_dir / CATALOG_FILE)) as reader:
         return reader.records()
-    finally:
-        reader.close()
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from pathlib import Path
 
 LEASES_FILE = ".leases"  # below the cache
 PLACE_DIGITS = 15  # of a digest: a place in a file has 63 bits
+FLOCK = struct.Struct("hhqqi4x")  # type, whence, start, length, pid of `struct flock` on 64-bit Linux
 
 
 class Leases:
-    """Those of this process. One a process and cache: the locks are the process's, and go when it closes the file."""
+    """Those of one holder. Thread-safe."""
 
     def __init__(self, cache: Path) -> None:
         self._file = _open(cache)
@@ -31,26 +33,27 @@ class Leases:
         with self._lock:
             self._held[digest] += 1
             if self._held[digest] == 1:
-                fcntl.lockf(self._file, fcntl.LOCK_SH, 1, _place(digest))
+                _set(self._file, fcntl.F_OFD_SETLKW, fcntl.F_RDLCK, digest)
 
     def give_back(self, digest: str) -> None:
         with self._lock:
             self._held[digest] -= 1
             if not self._held[digest]:
                 del self._held[digest]
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _place(digest))
+                _set(self._file, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, digest)
 
 
 @contextmanager
 def unleased(cache: Path, digest: str) -> Iterator[bool]:
-    """Whether no other process has a lease on `digest`; if none has, none gets one before the body ends."""
+    """Whether nobody has a lease on `digest`; if so, nobody gets one before the body ends."""
     file = _open(cache)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(digest))
-    except (BlockingIOError, PermissionError):  # POSIX allows both
-        yield False
-    else:
-        yield True
+        try:
+            _set(file, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, digest)
+            free = True
+        except BlockingIOError:
+            free = False
+        yield free
     finally:
         os.close(file)
 
@@ -59,5 +62,6 @@ def _open(cache: Path) -> int:
     return os.open(cache / LEASES_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _place(digest: str) -> int:
-    return int(digest[:PLACE_DIGITS], 16)
+def _set(file: int, command: int, kind: int, digest: str) -> None:
+    """A lock of the open file, not of the process (`fcntl.lockf`): another thread that closes the file leaves it."""
+    fcntl.fcntl(file, command, FLOCK.pack(kind, os.SEEK_SET, int(digest[:PLACE_DIGITS], 16), 1, 0))

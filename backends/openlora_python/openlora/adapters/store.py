@@ -239,12 +239,12 @@ class AdapterStore:
         os.utime(self.path(digest))
 
     def is_leased(self, digest: str) -> bool:
-        """Whether another process needs it now."""
+        """Whether a request needs it now."""
         with unleased(self._directory, digest) as free:
             return not free
 
     def evict(self, digest: str) -> bool:
-        """Take a copy away, at once for whoever looks, unless another process needs it. Only inside `writing()`."""
+        """Take a copy away, at once for whoever looks, unless a request needs it. Only inside `writing()`."""
         leaving = tempfile.mkdtemp(dir=self._directory, prefix=INCOMING_PREFIX)
         with unleased(self._directory, digest) as free:
             if free:

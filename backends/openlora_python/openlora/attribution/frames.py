@@ -94,6 +94,9 @@ class CompletionFrame(msgspec.Struct, frozen=True, array_like=True, tag=3):
 Frame = SegmentHeader | IntentFrame | ProgressFrame | CompletionFrame
 
 
+_decode = msgspec.msgpack.Decoder(Frame).decode
+
+
 class Entry(NamedTuple):
     """A frame and where it lies."""
 
@@ -117,7 +120,7 @@ def encode_checked(frame: IntentFrame | CompletionFrame) -> bytes:
     """`encode_frame`, refusing fields out of range before they are written: readers would stop at them for ever."""
     encoded = encode_frame(frame)
     try:
-        msgspec.msgpack.decode(memoryview(encoded)[_LENGTH.size : -_HASH_BYTES], type=Frame)
+        _decode(memoryview(encoded)[_LENGTH.size : -_HASH_BYTES])
     except msgspec.ValidationError as error:
         item = _ITEM.search(str(error))  # the payload is an array: the type, then the fields
         field = frame.__struct_fields__[int(item[1]) - 1] if item else "journal frame"
@@ -138,7 +141,7 @@ def decode_frame(buffer: bytes, offset: int) -> tuple[Frame, int] | None:
     if hashlib.sha256(payload).digest() != buffer[start + length : end]:
         return None
     try:
-        return msgspec.msgpack.decode(payload, type=Frame), end
+        return _decode(payload), end
     except msgspec.ValidationError as error:
         raise Internal(f"a journal frame at offset {offset} has an unknown form: {error}") from error
 
@@ -161,12 +164,35 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: Path, mode: int = 0o777) -> None:
+    """Make a directory and what is missing above it, durably: what is synced in a directory that is lost is lost."""
+    if not directory.parent.is_dir():
+        make_directory(directory.parent)
+    directory.mkdir(mode, exist_ok=True)
+    sync_directory(directory.parent)
+
+
+def write_again(path: Path, start: int = 0) -> None:
+    """Make what a file says from `start` on durable, although a sync of it may have failed in a process that is gone.
+
+    Such a failure takes the kernel's marks of what is not on the disk yet: reads show it, and the next sync
+    succeeds without it. Only new writes are written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        while chunk := os.pread(descriptor, 1 << 20, start):
+            start += os.pwrite(descriptor, chunk, start)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Mark:
     """A position in a small file that one process moves and others read.
 
     `durable`, moved by the journal's writer after each fdatasync, bounds what readers may see: a receipt made from a
-    frame that a power cut takes back could never be taken back itself. `projected`, moved by the receipt log after
-    its own commit, bounds what the writer may erase. Marks are not synced: after a power cut an old one
+    frame that a power cut takes back could never be taken back itself. `projected`, moved by the receipt log when a
+    checkpoint covers what it has, bounds what the writer may erase. Marks are not synced: after a power cut an old one
     only means less is seen or erased until it moves again.
     """
 
@@ -185,9 +211,13 @@ class Mark:
         """Where the mark stands; None where there is none or a power cut left it unreadable."""
         for _ in range(8):  # a read that met a write half-way is read again
             try:
-                packed = self.path.read_bytes()
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return None
+            try:
+                packed = os.read(descriptor, _MARK.size + 1)
+            finally:
+                os.close(descriptor)
             if len(packed) == _MARK.size:
                 segment, offset, check = _MARK.unpack(packed)
                 if hashlib.sha256(packed[:16]).digest()[:8] == check:

@@ -36,6 +36,7 @@ from openlora.attribution.frames import (
     encode_checked,
     encode_frame,
     list_segments,
+    make_directory,
     segment_path,
     sync_directory,
 )
@@ -132,8 +133,7 @@ class Journal:
         `queue_limit` bounds the intents that wait for the disk; `retain_seconds` is how long an erasable segment stays,
         so that ids younger than a ticket's life are still known. OSError: the directory can't be used.
         """
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sync_directory(directory.parent)
+        make_directory(directory, 0o700)
         lock_descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock_descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -232,9 +232,8 @@ class Journal:
                 if number >= min(segment, self._writer.durable.segment) or path.stat().st_mtime > newest:
                     break
                 path.unlink()
+                sync_directory(self._directory)  # one by one: a power cut must leave no gap
                 erased.add(number)
-            if erased:
-                sync_directory(self._directory)
         with self._queue_changed:
             self._segment_of = {name: place for name, place in self._segment_of.items() if place not in erased}
         return tuple(sorted(erased))

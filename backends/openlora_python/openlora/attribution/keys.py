@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from eth_keys import KeyAPI
 from eth_keys.backends import CoinCurveECCBackend, get_backend
 
-from openlora.attribution.frames import sync_directory
+from openlora.attribution.frames import make_directory, sync_directory
 from openlora.errors import Internal
 
 _FORM = re.compile(rb"[0-9a-f]{64}\n")
@@ -50,7 +50,7 @@ def load_keys(directory: Path, *, create: bool) -> LogKeys:
     if not isinstance(get_backend(), CoinCurveECCBackend):
         raise Internal(f"eth_keys uses {type(get_backend()).__name__}; it must use coincurve (ECC_BACKEND_CLASS)")
     if create:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(directory, 0o700)
         directory.chmod(0o700)
         for name in ("receipt.key", "checkpoint.key"):
             _create(directory / name)
@@ -74,8 +74,13 @@ def _create(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def load_key(path: Path) -> bytes:
-    """The 32 bytes of a key file. Internal: it can't be read, has another form, or others can read it."""
+def load_key(path: Path, *, create: bool = False) -> bytes:
+    """The 32 bytes of a key file; a new one if there is none and `create` says so.
+
+    Internal: it can't be read, can be read by others, or has another form.
+    """
+    if create:
+        _create(path)
     try:
         mode = path.stat().st_mode & 0o777
         content = path.read_bytes()

@@ -15,16 +15,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from operator import attrgetter
 
 from coincurve import PrivateKey
-from eth_hash.auto import keccak
 from eth_keys import KeyAPI
 from eth_keys.exceptions import BadSignature, ValidationError
 
 from openlora.attribution.blobs import TermsBlob, check_blobs, price
 from openlora.attribution.commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG, blob_bytes
 from openlora.attribution.frames import STATUS_ABORTED, STATUS_CANCELLED, STATUS_COMPLETE, CompletionFrame, IntentFrame
+from openlora.attribution.keccak import keccak
 from openlora.errors import InvalidArgument
 
 RECEIPT_SCHEMA = 0x0101
@@ -79,23 +79,20 @@ class Receipt:
         return hashes if self.registry_ref == ZERO32 else (*hashes, self.registry_ref)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            bits = _BITS.get(field.name)
+        for (name, bits), value in zip(_WIDTHS, _values(self), strict=True):
             if bits is None:
                 if type(value) is not bytes or len(value) != 32:
-                    raise InvalidArgument(f"{value!r} is not 32 bytes", field=field.name)
-            elif type(value) is not int or not 0 <= value < 1 << bits:
-                raise InvalidArgument(f"{value!r} is not an unsigned integer of {bits} bits", field=field.name)
+                    raise InvalidArgument(f"{value!r} is not 32 bytes", field=name)
+            elif type(value) is not int or value < 0 or value.bit_length() > bits:
+                raise InvalidArgument(f"{value!r} is not an unsigned integer of {bits} bits", field=name)
         if not STATUS_COMPLETE <= self.status <= STATUS_ABORTED:
             raise InvalidArgument(f"{self.status} is not one of 1, 2, 3, 4", field="status")
 
 
 def encode_leaf(receipt: Receipt) -> bytes:
     """The 608 bytes that are hashed into the tree and signed."""
-    values = [getattr(receipt, name) for name in _FIELD_NAMES]
-    words = [value if type(value) is bytes else value.to_bytes(32, "big") for value in values]
-    return RECEIPT_SCHEMA.to_bytes(32, "big") + b"".join(words)
+    words = [value if type(value) is bytes else value.to_bytes(32, "big") for value in _values(receipt)]
+    return _SCHEMA_WORD + b"".join(words)
 
 
 def decode_leaf(leaf: bytes) -> Receipt:
@@ -103,7 +100,7 @@ def decode_leaf(leaf: bytes) -> Receipt:
     if len(leaf) != LEAF_BYTES:
         raise InvalidArgument(f"a receipt's leaf has {LEAF_BYTES} bytes, not {len(leaf)}", field="leaf")
     schema, *words = (leaf[place : place + 32] for place in range(0, LEAF_BYTES, 32))
-    if schema != RECEIPT_SCHEMA.to_bytes(32, "big"):
+    if schema != _SCHEMA_WORD:
         raise InvalidArgument(f"the leaf has schema 0x{int.from_bytes(schema, 'big'):04x}, not 0x0101", field="schema")
     named = zip(_FIELD_NAMES, words, strict=True)
     return Receipt(**{name: int.from_bytes(word, "big") if name in _BITS else word for name, word in named})
@@ -153,6 +150,27 @@ def recover_signer(digest: bytes, signature: bytes) -> str:
 
 
 @dataclass(frozen=True)
+class HashedBlobs:
+    """What is beside the receipts of requests with the same blobs."""
+
+    terms: TermsBlob
+    contents: tuple[bytes, ...]  # in the order of `Receipt.blob_hashes`
+    hashes: tuple[bytes, ...]  # SHA-256 of each
+
+
+def hashed_blobs(intent: IntentFrame) -> HashedBlobs:
+    """Check, encode and hash the blobs of a request. InvalidArgument: no receipt can follow from them."""
+    terms = check_blobs(intent.base_digest, intent.runtime, intent.adapters, intent.terms)
+    contents = (
+        blob_bytes(RUNTIME_TAG, intent.runtime),
+        blob_bytes(ADAPTERS_TAG, intent.adapters),
+        blob_bytes(TERMS_TAG, intent.terms),
+        *([intent.registry] if intent.registry else []),
+    )
+    return HashedBlobs(terms, contents, tuple(hashlib.sha256(content).digest() for content in contents))
+
+
+@dataclass(frozen=True)
 class UnsignedReceipt:
     """A receipt and the blobs that it hashes; SHA-256 of a blob's bytes is the hash in the receipt."""
 
@@ -165,20 +183,14 @@ def receipt_from_frames(
     intent: IntentFrame,
     completion: CompletionFrame,
     log_id: bytes,
-    canonical: Callable[[bytes, dict[str, Any]], bytes] = blob_bytes,
+    blobs_of: Callable[[IntentFrame], HashedBlobs] = hashed_blobs,
 ) -> UnsignedReceipt:
     """The receipt of a journalled request: a pure function, so that recovery gives the same bytes.
 
-    `canonical` stands for `blob_bytes` and may remember its results.
+    `blobs_of` stands for `hashed_blobs` and may remember its results.
     """
-    terms = check_blobs(intent.base_digest, intent.runtime, intent.adapters, intent.terms)
-    blobs = (
-        canonical(RUNTIME_TAG, intent.runtime),
-        canonical(ADAPTERS_TAG, intent.adapters),
-        canonical(TERMS_TAG, intent.terms),
-        *([intent.registry] if intent.registry else []),
-    )
-    runtime_hash, adapters_hash, terms_hash, *registry = (hashlib.sha256(blob).digest() for blob in blobs)
+    blobs = blobs_of(intent)
+    runtime_hash, adapters_hash, terms_hash, *registry = blobs.hashes
     receipt = Receipt(
         log_id=log_id,
         seq=completion.seq,
@@ -195,11 +207,11 @@ def receipt_from_frames(
         out_tokens=completion.out_tokens,
         started_at=intent.started_at,
         ended_at=completion.ended_at,
-        price=receipt_price(completion.status, terms, intent.in_tokens, completion.out_tokens),
+        price=receipt_price(completion.status, blobs.terms, intent.in_tokens, completion.out_tokens),
         payment_ref=ZERO32,
         compute_proof=ZERO32,
     )
-    return UnsignedReceipt(receipt, encode_leaf(receipt), blobs)
+    return UnsignedReceipt(receipt, encode_leaf(receipt), blobs.contents)
 
 
 def receipt_price(status: int, terms: TermsBlob, in_tokens: int, out_tokens: int) -> int:
@@ -208,3 +220,6 @@ def receipt_price(status: int, terms: TermsBlob, in_tokens: int, out_tokens: int
 
 
 _FIELD_NAMES = tuple(field.name for field in fields(Receipt))
+_WIDTHS = tuple((name, _BITS.get(name)) for name in _FIELD_NAMES)
+_SCHEMA_WORD = RECEIPT_SCHEMA.to_bytes(32, "big")
+_values = attrgetter(*_FIELD_NAMES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from openlora.attribution.frames import (
     list_segments,
     segment_path,
     sync_directory,
+    write_again,
 )
 from openlora.errors import Internal
 
@@ -113,7 +113,8 @@ def scan_journal(directory: Path, acknowledged_to: Position | None) -> JournalSt
             "Restore it, or remove the file `durable` to go on without them"
         )
     if segments:
-        _cut(state, segment_path(directory, valid.segment), valid.offset)
+        known = durable.offset if durable is not None and durable.segment == valid.segment else 0
+        _cut(state, segment_path(directory, valid.segment), valid.offset, known)
     sync_directory(directory)
     return state
 
@@ -145,15 +146,12 @@ def _scan_segment(state: JournalState, path: Path, number: int, last: bool, ackn
     return kept
 
 
-def _cut(state: JournalState, path: Path, offset: int) -> None:
-    """End the last segment behind its last valid frame; one without even a header goes."""
+def _cut(state: JournalState, path: Path, offset: int, durable: int) -> None:
+    """End the last segment behind its last valid frame, durable to there; one without even a header goes."""
     if offset == 0:
         state.torn_bytes = path.stat().st_size
         path.unlink()
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.ftruncate(descriptor, offset)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(path, "r+b", buffering=0) as segment:
+        segment.truncate(offset)
+    write_again(path, durable)

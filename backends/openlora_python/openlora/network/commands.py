@@ -58,7 +58,7 @@ def deploy_contracts(
 ) -> None:
     """Put the contracts on a chain, with the key's account as their admin, and write the deployment file."""
     from .deploy import DeploymentPlan, deploy
-    from .deployment import Deployment, connect
+    from .deployment import connect
     from .rpc import reaching
     from .signer import load_signer
 
@@ -82,7 +82,7 @@ def deploy_contracts(
         )
         console = Console(stderr=True)
         with console.status("…") as status:
-            deployment: Deployment = deploy(web3, account, plan, status.update)
+            deployment = deploy(web3, account, plan, status.update)
         deployment.save(out)
         typer.echo(deployment.model_dump_json() if as_json else f"deployed on chain {chain_id}; see {out}")
 
@@ -147,7 +147,8 @@ def publish_terms(
             newest = chain.contracts.registry.model_of(chain.account.address, found.digest)
             chain.tell(
                 as_json,
-                f"version {newest.terms_version} of the terms of {found.name}, in force from {_when(newest.effective_at)}",
+                f"version {newest.terms_version} of the terms of {found.name}, "
+                f"in force from {_when(newest.effective_at)}",
                 digest=found.digest.hex(),
                 version=newest.terms_version,
                 effective_at=newest.effective_at,

@@ -22,7 +22,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DeploymentPlan:
-    """What is fixed for good. Addresses are checksummed; `token` None = a new RewardToken that the deployer may mint."""
+    """What is fixed for good. Addresses are checksummed; `token` None: a new RewardToken, the deployer's to mint."""
 
     notice_seconds: int
     delay_seconds: int

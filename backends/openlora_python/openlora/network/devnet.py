@@ -257,7 +257,6 @@ class _StateKeeper:
         now = time.monotonic()
         self._next = now + (now - began) / DUMP_PART
 
-
     def _canonical(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Without those that others took the place of: anvil adds a genesis at each start, and keeps what a re-org
         threw out; of two blocks of one number it would load either."""
@@ -323,7 +322,7 @@ def _answering(process: subprocess.Popen[bytes], options: DevnetOptions) -> Web3
             raise Unavailable(f"anvil ended with status {process.returncode}{_last_words(options)}")
         try:
             with reaching(options.url):
-                web3.eth.block_number
+                web3.eth.get_block(0)
         except Unavailable:
             if time.monotonic() > until:
                 raise

@@ -75,7 +75,8 @@ def local_model(what: str, card_file: Path | None, state_dir: Path) -> LocalMode
         finally:
             reader.close()
         card = _card(given or record.card, what)
-        return LocalModel(record.name, bytes.fromhex(record.digest), bytes.fromhex(record.base), True, card, record.source)
+        digest, base = bytes.fromhex(record.digest), bytes.fromhex(record.base)
+        return LocalModel(record.name, digest, base, True, card, record.source)
     own = directory / CARD_FILE
     tree = given or (parse_object(own.read_bytes(), CARD_FILE, MAX_CARD_BYTES) if own.is_file() else None)
     card = _card(tree, what)

@@ -19,8 +19,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from ..adapters import http_source  # noqa: F401 - the driver of most sources, loaded before anybody waits for it
 from ..adapters.catalog import Catalog, CatalogReader
+from ..adapters.http_source import trusted_certificates
 from ..adapters.ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Ingester, IngestJob, IngestResult
 from ..adapters.remote_ingest import RemoteIngest
 from ..adapters.sources import is_uri, parse_uri
@@ -46,10 +46,10 @@ class Fetcher:
 
     def __init__(self, config: FetcherConfig) -> None:
         state_dir = Path(config.state_dir)
-        store = AdapterStore(state_dir / CACHE_DIRECTORY)
+        self._store = AdapterStore(state_dir / CACHE_DIRECTORY)
         catalog = Catalog(state_dir / CATALOG_FILE)
-        ingester = Ingester(state_dir, config.base, catalog, store, _ignore, config.limits)
-        self._remote = RemoteIngest(ingester, store, state_dir, config.limits, _ignore)
+        ingester = Ingester(state_dir, config.base, catalog, self._store, _ignore, config.limits)
+        self._remote = RemoteIngest(ingester, self._store, state_dir, config.limits, _ignore)
         self._reader = CatalogReader(state_dir / CATALOG_FILE)
         self._threads = ThreadPoolExecutor(SERVERS * config.limits.parallel)
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(
@@ -63,6 +63,7 @@ class Fetcher:
 
     async def run(self) -> None:
         """Serve until the process ends."""
+        trusted_certificates()  # before anybody waits for them
         self._remote.sweep()
         with zmq.asyncio.Context.instance().socket(zmq.ROUTER) as self._clients:
             self._clients.setsockopt(zmq.SNDHWM, 0)
@@ -105,6 +106,8 @@ class Fetcher:
         if record.status != "ready":
             raise AdapterInvalid(record.reason)
         if not is_uri(record.source):
+            if self._store.path(digest).is_dir():
+                return  # damaged, and nobody can bring it anew: the engine says what is wrong with it
             raise Unavailable(not_fetchable(name))
         job = IngestJob(name, record.source, digest=digest, restores=record.version)
         uri = parse_uri(record.source)

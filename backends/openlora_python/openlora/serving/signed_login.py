@@ -16,8 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from eth_hash.auto import keccak
-
+from ..attribution.keccak import keccak
 from ..attribution.receipt import recover_signer
 from ..errors import InvalidArgument
 from .access_rule import canonical_caller

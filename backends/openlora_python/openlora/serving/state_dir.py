@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..attribution.frames import make_directory
 from ..errors import Unavailable
 
 LONGEST_SOCKET_PATH = 90  # sockaddr_un holds 107 bytes
@@ -30,7 +31,7 @@ class StateDir:
 
     def prepare(self) -> None:
         """Make the directories; what a dead run left in the run directory goes."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_directory(self.root)
         shutil.rmtree(self.run_dir, ignore_errors=True)
         self.run_dir.mkdir(mode=0o700)
         (self.root / "logs").mkdir(exist_ok=True)
@@ -47,7 +48,7 @@ class StateDir:
         Raises:
             Unavailable: another launcher does.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_directory(self.root)
         descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
