@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from eth_utils import to_checksum_address
 
-from openlora.attribution.export import LogExport
 from openlora.attribution.settlement.attestation import Attestation, ascending, attest, proposal_document
 from openlora.attribution.settlement.books import Books, keep_prefixes
 from openlora.attribution.settlement.chain_state import Proposal, read_state
@@ -16,7 +15,7 @@ from openlora.attribution.settlement.epoch import check_proposal, next_epoch, st
 from openlora.attribution.settlement.facts import ChainFacts
 from openlora.attribution.settlement.prefix_store import PrefixStore
 from openlora.attribution.settlement.printing import print_claims, print_epoch, print_sent, print_status
-from openlora.attribution.settlement.session import ChainSession, judged, referenced_blocks, settle_dir
+from openlora.attribution.settlement.session import ChainSession, judged, open_exports, referenced_blocks, settle_dir
 from openlora.command_errors import reported
 from openlora.errors import InvalidArgument, SettlementDiffers
 
@@ -48,7 +47,7 @@ def epoch(
 ) -> None:
     """Compute what would be proposed now. Sends nothing."""
     with reported():
-        logs = [LogExport(path) for path in exports]
+        logs = open_exports(exports)
         if facts_file is not None:
             books = judged(logs, _read_facts(facts_file), None)
             cap = epoch_cap or MOST
@@ -72,7 +71,7 @@ def propose(
 ) -> None:
     """Compute the next epoch and propose it. The key must be a publisher's."""
     with reported():
-        logs = [LogExport(path) for path in exports]
+        logs = open_exports(exports)
         session = ChainSession.open(deployment, state_dir)
         account = session.account(key)
         store = _store(state_dir)
@@ -100,7 +99,7 @@ def attest_epoch(
 ) -> None:
     """Compute the pending epoch again, from your own exports and chain, and sign it if it is right. Sends nothing."""
     with reported():
-        logs = [LogExport(path) for path in exports]
+        logs = open_exports(exports)
         session = ChainSession.open(deployment, state_dir)
         account = session.account(key)
         store = _store(state_dir)
@@ -168,7 +167,7 @@ def claim(
     with reported():
         if bool(accounts) == every:
             raise InvalidArgument("give accounts, or --all", field="ACCOUNT")
-        logs = [LogExport(path) for path in exports]
+        logs = open_exports(exports)
         session = ChainSession.open(deployment, state_dir)
         sender = session.account(key)
         store = _store(state_dir)
@@ -202,7 +201,7 @@ def status(
         session = ChainSession.open(deployment, state_dir)
         amounts = None
         if exports:
-            _, amounts = session.books([LogExport(path) for path in exports], _store(state_dir)).reward_tree()
+            _, amounts = session.books(open_exports(exports), _store(state_dir)).reward_tree()
         print_status(session, read_state(session.facts), amounts, as_json)
 
 
@@ -240,7 +239,7 @@ def facts(
     """Write down what the chain says, so that anybody can compute everything again offline."""
     with reported():
         session = ChainSession.open(deployment, state_dir)
-        numbers = set().union(*(referenced_blocks(LogExport(path)) for path in exports or ()))
+        numbers = set().union(*(referenced_blocks(one) for one in open_exports(exports or ())))
         found = [session.header(number) for number in sorted(numbers) if number <= session.facts.head]
         whole = session.facts.with_headers(found)
         out.write_text(whole.to_json())

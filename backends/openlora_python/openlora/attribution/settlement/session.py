@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openlora.attribution.export import LogExport
 from openlora.attribution.receipt import decode_leaf
 from openlora.attribution.settlement.books import Books, open_books
 from openlora.attribution.settlement.facts import BlockHeader, ChainFacts
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from web3.contract.contract import ContractFunction
     from web3.types import TxReceipt
 
+    from openlora.attribution.export import LogExport
     from openlora.network.contracts import Contracts
     from openlora.network.deployment import Deployment
 
@@ -57,6 +57,13 @@ def settle_dir(state_dir: Path) -> Path:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory.chmod(0o700)
     return directory
+
+
+def open_exports(directories: Sequence[Path]) -> list[LogExport]:
+    """The exports to read. InvalidArgument, ReceiptInvalid: as `LogExport` says."""
+    from openlora.attribution.export import LogExport
+
+    return [LogExport(directory) for directory in directories]
 
 
 @dataclass
