@@ -18,8 +18,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -29,6 +30,8 @@ from ..adapters.ingest import sync_directory
 from ..adapters.ingest_worker import IngestResult
 from ..adapters.printable import printable
 from ..adapters.sources import SourceLimits
+from ..attribution.custody import settle_custody
+from ..attribution.witness_client import WitnessAddress, WitnessClient
 from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
 from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
@@ -63,6 +66,7 @@ class Launcher:
         self._install = find_tritonserver()
         if settings.network.deployment is not None:
             Deployment.load(settings.network.deployment)  # says so here if it can't be one
+        _settle_custody(self._state.root, settings.attribution.witnesses)
         self._run = self._make_run(settings)
         self._run.save()
         self._base = BaseFacts(str(self._run.base.path), self._run.base.digest, settings.engine.max_rank)
@@ -380,3 +384,13 @@ def _answers(url: str) -> bool:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
+
+
+def _settle_custody(state_dir: Path, witnesses: Sequence[str]) -> None:
+    """A receipt log that was copied or restored must not sign what contradicts what it signed before."""
+    clients = [WitnessClient(WitnessAddress.parse(one)) for one in witnesses]
+    try:
+        settle_custody(state_dir, [client.newest for client in clients])
+    finally:
+        for client in clients:
+            client.close()
