@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from eth_account import Account
 from eth_account.messages import encode_typed_data
 from settlement_cases import BASE, FRENCH, ZERO32, CaseLog, canonical, key_of, model, tree_root
 
-from openlora.attribution.settlement.attestation import attest
-from openlora.attribution.settlement.chain_state import Allocation, Proposal, read_state
+from openlora.attribution.settlement.chain_state import Allocation, Proposal
 from openlora.attribution.settlement.facts import BlockHeader
 from openlora.network.chain_facts import read_facts
 from openlora.network.contracts import EpochAllocation
@@ -33,7 +32,10 @@ class RealChain:
 
     devnet: Devnet
     parameters_digest: bytes = ZERO32
-    numbers: list[int] = field(default_factory=list)
+
+    @property
+    def registry(self) -> str:
+        return self.devnet.deployment.contracts.AdapterRegistry.address
 
     @property
     def head(self) -> BlockHeader:
@@ -96,8 +98,8 @@ class Network:
             self.ask("attest", "--export", export, *self.key(role), "--out", file, state=role)
         return files
 
-    def settle_all(self) -> None:
-        """Leave nothing pending, by a veto."""
+    def drop_pending(self) -> None:
+        """Leave nothing pending."""
         if self.devnet.contracts.distributor.pending().valid_at:
             self.ask("veto", *self.key("guardian"))
 
@@ -118,7 +120,8 @@ def network(chain: Devnet, tmp_path_factory: pytest.TempPathFactory) -> Network:
     registry, log_contract = chain.contracts.registry, chain.contracts.log
     chain.send("owner-1", registry.register(bytes.fromhex(BASE), ZERO32, "base", "file:///base", canonical(base)))
     chain.send(
-        "owner-2", registry.register(bytes.fromhex(FRENCH), bytes.fromhex(BASE), "french", "file:///french", canonical(french))
+        "owner-2",
+        registry.register(bytes.fromhex(FRENCH), bytes.fromhex(BASE), "french", "file:///french", canonical(french)),
     )
     (published,) = read_facts(chain.web3, chain.deployment).of("AdapterRegistry", "ParametersPublished")
     log = CaseLog(RealChain(chain, published.args["digest"]), "node", register=False)  # type: ignore[arg-type]
@@ -141,12 +144,15 @@ def network(chain: Devnet, tmp_path_factory: pytest.TempPathFactory) -> Network:
     signer = Account.from_key(key_of("node signer").secret)
     signature = bytes(signer.sign_message(encode_typed_data(domain, types, words)).signature)
     chain.send("operator", log_contract.register_log(log.key, operator, operator, signature))
+    contracts = chain.contracts
+    chain.send("operator", contracts.token.approve(contracts.distributor.address, DEPOSIT))
+    chain.send("operator", contracts.distributor.deposit(log.log_id, DEPOSIT))
     return Network(chain, log, base, french, tmp_path_factory.mktemp("settle"))
 
 
 def test_from_deposit_to_claim(network: Network) -> None:
     chain = network.devnet
-    network.ask("deposit", network.log.log_id.hex(), str(DEPOSIT), *network.key("operator"))
+    network.ask("deposit", network.log.log_id.hex(), "1", *network.key("operator"))
     network.serve(3)
     network.log.serve(network.base, changes={"status": 3, "price": 0})
     chain.mine()
@@ -179,8 +185,8 @@ def test_from_deposit_to_claim(network: Network) -> None:
     assert status["logs"] == [
         {
             "log_id": network.log.log_id.hex(),
-            "deposited": str(DEPOSIT),
-            "available": str(DEPOSIT - 3 * PRICE),
+            "deposited": str(DEPOSIT + 1),
+            "available": str(DEPOSIT + 1 - 3 * PRICE),
             "anchored": 4,
             "settled": 4,
         }
@@ -230,8 +236,8 @@ def test_refusals_are_one_clear_line(network: Network) -> None:
     network.refused(10, "does not have the role", "veto", *network.key("operator"))
     network.ask("propose", *exports, *network.key("publisher"))
     files = network.attest(export, "attestor-1", "attestor-2")
-    chain.rpc("evm_setAutomine", True)
-    network.refused(10, "more attestations are needed", "accept", files[0], *_ripe(network), *network.key("operator"))
+    chain.mine(3)
+    network.refused(10, "more attestations are needed", "accept", files[0], *network.key("operator"))
     outsider = str(network.directory / "outsider.json")
     network.ask("attest", *exports, *network.key("owner-1"), "--out", outsider)
     network.refused(10, "is not an attestor", "accept", files[0], outsider, *network.key("operator"))
@@ -243,33 +249,27 @@ def test_refusals_are_one_clear_line(network: Network) -> None:
     network.refused(2, "no proposal is pending", "accept", *files, *network.key("operator"))
     network.ask("propose", *exports, *network.key("publisher"))
     network.refused(2, "is not for the pending epoch", "accept", *files, *network.key("operator"))
-    network.settle_all()
-
-
-def _ripe(network: Network) -> tuple[str, ...]:
-    """Let the delay go by."""
-    network.devnet.mine(3)
-    return ()
+    network.drop_pending()
 
 
 def test_accepting_before_the_delay_is_over_is_refused(network: Network) -> None:
-    export = network.export()
-    network.ask("propose", "--export", export, *network.key("publisher"))
     chain = network.devnet
-    pending = chain.contracts.distributor.pending().valid_at
-    files = [network.directory / f"early-{role}.json" for role in ("attestor-1", "attestor-2")]
-    proposal = read_state(read_facts(chain.web3, chain.deployment)).pending
-    assert proposal is not None
-    for role, file in zip(("attestor-1", "attestor-2"), files, strict=True):
-        distributor = chain.deployment.contracts.RewardDistributor.address
-        file.write_text(attest(chain.account(role), 31337, distributor, proposal).to_json())
-    # What comes next is at the newest block's time, whatever this machine's clock says.
-    now = chain.web3.eth.get_block("latest")["timestamp"]
-    assert now < pending
-    chain.rpc("evm_setNextBlockTimestamp", now + 1)
-    network.refused(10, "not ripe yet", "accept", *(str(file) for file in files), *network.key("operator"))
-    chain.mine(3)
-    network.ask("accept", *(str(file) for file in files), *network.key("operator"))
+    network.serve(1)
+    chain.mine()
+    network.anchor()
+    export = network.export()
+    # Blocks are a second apart from here on, whatever this machine's clock says.
+    chain.rpc("anvil_setBlockTimestampInterval", 1)
+    try:
+        network.ask("propose", "--export", export, *network.key("publisher"))
+        files = network.attest(export, "attestor-1", "attestor-2")
+        network.refused(10, "not ripe yet", "accept", *files, *network.key("operator"))
+        chain.mine()
+        chain.mine()
+        network.ask("accept", *files, *network.key("operator"))
+    finally:
+        chain.rpc("anvil_removeBlockTimestampInterval")
+        network.drop_pending()
 
 
 @pytest.mark.parametrize("what", ["root", "amount"])
@@ -294,7 +294,7 @@ def test_nobody_attests_a_proposal_that_is_wrong(network: Network, what: str) ->
     says = "the root is 0707" if what == "root" else f"cost {allocation.amount}, not {allocation.amount - 1}"
     network.refused(11, says, "attest", "--export", export, *network.key("attestor-1"), "--out", str(out))
     assert not out.exists()
-    network.settle_all()
+    network.drop_pending()
 
 
 def test_a_log_whose_history_was_rewritten_settles_nothing_more(network: Network) -> None:
