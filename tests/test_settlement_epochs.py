@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from settlement_cases import BASE, BASE_OWNER, DISTRIBUTOR, FRENCH, FRENCH_OWNER, CaseLog, Chain, Market, key_of, model
 
+from openlora.attribution.export import LogExport
 from openlora.attribution.settlement.attestation import Attestation, ascending, attest, attestation_digest
 from openlora.attribution.settlement.books import Books, keep_prefixes, open_books
 from openlora.attribution.settlement.chain_state import Allocation, Proposal
@@ -259,6 +260,20 @@ def test_facts_are_the_same_after_a_way_through_json(market: Market) -> None:
 def test_facts_that_are_none(text: str) -> None:
     with pytest.raises(InvalidArgument, match="chain facts"):
         ChainFacts.from_json(text)
+
+
+def test_an_export_on_disk_gives_the_same(market: Market, tmp_path: Path) -> None:
+    block = market.chain.head
+    for _ in range(260):  # more than a bundle
+        market.serve(block=block)
+    market.log.serve(market.base, leaf=b"", block=block)
+    market.log.anchor()
+    export = LogExport(market.log.write(tmp_path / "export"))
+    assert (export.key, export.size) == (market.log.key, 267)
+    books = open_books([export], market.chain.facts())
+    judged = books.logs[market.log.log_id]
+    assert (judged.good_size, judged.fault, judged.reason_at(266)) == (267, None, "leaf")
+    assert next_epoch(books, NO_CAP) == next_epoch(open_market(market), NO_CAP)
 
 
 def test_a_prefix_from_disk_gives_the_same_and_is_not_judged_again(market: Market, tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def network(chain: Devnet, tmp_path_factory: pytest.TempPathFactory) -> Network:
     owner = {role: chain.account(role).address for role in ("owner-1", "owner-2", "operator")}
     base, french = model(BASE, owner["owner-1"]), model(FRENCH, owner["owner-2"], "500000", "700000")
     registry, log_contract = chain.contracts.registry, chain.contracts.log
-    chain.send("owner-1", registry.register(bytes.fromhex(BASE), ZERO32, "base", "file:///base", canonical(base)))
+    digest = bytes.fromhex(BASE)
+    chain.send("owner-1", registry.register(digest, ZERO32, "base", "file:///base", canonical(base)))
     chain.send(
         "owner-2",
         registry.register(bytes.fromhex(FRENCH), bytes.fromhex(BASE), "french", "file:///french", canonical(french)),
