@@ -451,3 +451,16 @@ def test_a_closed_checkpoint_is_not_taken_for_the_new_logs(state: Path) -> None:
     assert released(state).size == 1
     keys = load_keys(state / "keys", create=False)
     assert str(sign_checkpoint(Checkpoint(old.origin, 5, bytes(32)), keys.checkpoint)) != note
+
+
+def test_checkpoints_are_written_in_any_locale(state: Path) -> None:
+    serve_receipts(state, 5, checkpointed=False)
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # Triton's stubs
+    environment = python_environment(**locale)
+    script = KILLED + "checkpointer.sign_due(now=True)\n"
+    subprocess.run([sys.executable, "-c", script, str(state)], env=environment, check=True, timeout=60)
+    assert released(state).size == 6
+    for command in (["checkpoint"], ["prove", "5"]):
+        shown = [sys.executable, "-m", "openlora.cli", "receipts", *command, "--state-dir", str(state)]
+        done = subprocess.run(shown, env=environment, capture_output=True, timeout=60, check=True)
+        assert done.stdout.endswith((state / "log" / "checkpoint").read_bytes())

@@ -31,12 +31,12 @@ def prove(
 ) -> None:
     """A file that proves a receipt offline: receipt, place in the log's tree, signed checkpoint, cosignatures."""
     with reported(), closing(ReceiptLog.open(state_dir, read_only=True)) as log:
-        proof = str(make_proof(log, find_receipt(log, which), with_salts=salts))
+        proof = str(make_proof(log, find_receipt(log, which), with_salts=salts)).encode()
         if out is None:
             typer.echo(proof, nl=False)
             return
         try:
-            out.write_text(proof)
+            out.write_bytes(proof)
         except OSError as error:
             raise InvalidArgument(f"can't write {out}: {error.strerror}", field="out") from error
 
@@ -55,7 +55,7 @@ def checkpoint(
             facts = {"origin": found.origin, "size": found.size, "root": found.root.hex(), "receipts": log.size()}
             typer.echo(json.dumps(facts))
         else:
-            typer.echo(str(note), nl=False)
+            typer.echo(str(note).encode(), nl=False)
 
 
 def cosign(

@@ -185,15 +185,15 @@ class AttributionStep:
 
     def _checkpoint(self, *, now: bool = False) -> None:
         """Sign a checkpoint when it is time. Answers don't wait for one, so a failure is a matter for the log file."""
-        fault = ""
         try:
             if self._checkpointer.sign_due(now=now):
                 self._projector.release(self._checkpointer.signed_size)
+                self._checkpoint_fault = ""
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
-        if fault and fault != self._checkpoint_fault:
-            log.error("no checkpoint: %s", fault)
-        self._checkpoint_fault = fault
+            if fault != self._checkpoint_fault:
+                log.error("no checkpoint: %s", fault)
+            self._checkpoint_fault = fault
 
     def _answer_ready(self, waiting: list[_Waiting]) -> list[_Waiting]:
         """Give each its receipt, with the salts that open its commitments: they leave the log this once."""
