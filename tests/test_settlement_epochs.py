@@ -331,6 +331,13 @@ def test_a_prefix_that_does_not_hold_is_judged_again(market: Market, tmp_path: P
     assert open_books([market.log], market.chain.facts(), store=store).logs[market.log.log_id].start == 0
 
 
+def test_facts_whose_events_do_not_fit_are_refused(market: Market) -> None:
+    facts = market.chain.facts()
+    without = tuple(one for one in facts.events if one.name != "LogRegistered")
+    with pytest.raises(InvalidArgument, match="do not fit each other"):
+        open_books([market.log], replace(facts, events=without))
+
+
 def test_attestations_recover_to_who_made_them(market: Market) -> None:
     proposal = next_epoch(open_market(market), NO_CAP).proposal
     assert proposal is not None
