@@ -105,7 +105,7 @@ class Chain:
     parameters_digest: bytes = ZERO32
     parameters_version: int = 0
     epoch: int = 0
-    total: int = 0
+    registry: str = REGISTRY
 
     def __post_init__(self) -> None:
         self.mine()
@@ -241,7 +241,7 @@ class CaseLog:
         } | (terms or {})
         runtime = {"engine": "torch", "version": "1", "dtype": "float32", "quantization": "none"}
         if preimage is None:
-            preimage = reference(CHAIN_ID, REGISTRY, header)
+            preimage = reference(CHAIN_ID, self.chain.registry, header)
         fields: dict[str, Any] = {
             "log_id": self.log_id,
             "seq": seq,
@@ -249,9 +249,7 @@ class CaseLog:
             "status": 1,
             "base_model": bytes.fromhex(base["digest"]),
             "runtime_hash": self.keep(b"openlora/runtime/v1" + rfc8785.dumps(runtime)),
-            "adapters_hash": self.keep(
-                b"openlora/adapters/v1" + rfc8785.dumps({"adapters": uses, "method": "cat"})
-            ),
+            "adapters_hash": self.keep(b"openlora/adapters/v1" + rfc8785.dumps({"adapters": uses, "method": "cat"})),
             "terms_hash": self.keep(b"openlora/terms/v1" + rfc8785.dumps(terms_blob)),
             "registry_ref": self.keep(preimage),
             "prompt_commit": ZERO32,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eth_account import Account
-from eth_account.messages import SignableMessage, encode_typed_data
-from eth_account.signers.local import LocalAccount
 from eth_hash.auto import keccak
 
 from openlora.attribution.settlement.chain_state import Allocation, Proposal
 from openlora.errors import InvalidArgument
+
+if TYPE_CHECKING:  # slow to import, and every command imports this file
+    from eth_account.messages import SignableMessage
+    from eth_account.signers.local import LocalAccount
 
 ATTESTATION_SCHEMA = 1
 _TYPES = {
@@ -44,6 +45,8 @@ class Attestation:
     @property
     def signer(self) -> str:
         """A checksummed address. InvalidArgument: it is no signature."""
+        from eth_account import Account
+
         try:
             message = _message(self.chain_id, self.distributor, self.proposal)
             return Account.recover_message(message, signature=self.signature)
@@ -111,6 +114,8 @@ def proposal_document(proposal: Proposal) -> dict[str, Any]:
 
 
 def _message(chain_id: int, distributor: str, proposal: Proposal) -> SignableMessage:
+    from eth_account.messages import encode_typed_data
+
     domain = {"name": "OpenLoRA Rewards", "version": "1", "chainId": chain_id, "verifyingContract": distributor}
     allocations = [
         {"logId": one.log_id, "from": one.start, "to": one.stop, "amount": one.amount} for one in proposal.allocations

@@ -60,15 +60,17 @@ def open_books(
 
     Raises:
         InvalidArgument: an export is there twice; one is missing, or is not the one that was settled, so that what has
-            been earned can't be computed; the facts lack a header.
+            been earned can't be computed; the facts lack a header, or their events don't fit each other.
     """
     by_log: dict[bytes, Export] = {}
     for export in exports:
         if export.key.log_id in by_log:
             raise InvalidArgument(f"two exports are of log {export.key.log_id.hex()}", field="export")
         by_log[export.key.log_id] = export
-    books = Books(facts, read_state(facts))
-    registry = Registry(facts)
+    try:
+        books, registry = Books(facts, read_state(facts)), Registry(facts)
+    except (KeyError, TypeError) as error:
+        raise InvalidArgument(f"the facts' events do not fit each other: {error!r}", field="facts") from error
     for log_id in by_log.keys() - books.state.logs.keys():
         books.notes.append(f"log {log_id.hex()} is not registered on this chain: left out")
     for log_id, log in sorted(books.state.logs.items()):
@@ -102,6 +104,8 @@ def keep_prefixes(
             continue
         sizes = {judged.log.settled_size, (stops or {}).get(log_id, judged.log.settled_size)} - {0}
         begun = books.prefixes.get(log_id)
+        if begun is not None and sizes == {begun.size}:
+            continue
         frontier = StoredFrontier.at(begun.size, begun.peaks) if begun else StoredFrontier()
         known = set(begun.request_ids) if begun else set()
         prefixes = []

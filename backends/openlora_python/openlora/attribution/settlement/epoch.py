@@ -33,7 +33,8 @@ def stops_of(proposal: Proposal) -> dict[bytes, int]:
 def next_epoch(books: Books, epoch_cap: int) -> Epoch:
     """Each log as far as its deposit and what is left of the cap allow, those that waited longest first."""
     allocations: list[Allocation] = []
-    notes: list[str] = []
+    pending = books.state.pending
+    notes = [f"epoch {pending.epoch} is pending, and this one would be in its place"] if pending else []
     left = epoch_cap
     for judged in sorted(_waiting(books), key=_waits_since):
         if len(allocations) == MAX_ALLOCATIONS:
