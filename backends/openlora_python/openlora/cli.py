@@ -14,6 +14,7 @@ from .adapters.routes_commands import routes_app
 from .attribution.commands import receipts_app
 from .bench.command import bench
 from .errors import OpenLoRAError
+from .network.anchor.command import anchor
 from .network.devnet_command import devnet
 from .serving.generate_command import generate
 from .serving.keys_command import keys_app
@@ -26,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+settle_app = typer.Typer(help="From receipts to rewards: anchors on the chain.", no_args_is_help=True)
+settle_app.command()(anchor)
 app.command()(serve)
 app.command()(stop)
 app.command()(generate)
@@ -35,6 +38,7 @@ app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")
 app.add_typer(keys_app, name="keys")
+app.add_typer(settle_app, name="settle")
 
 
 def main() -> None:
