@@ -1,39 +1,46 @@
 """The receipt log: signed receipts in SQLite, in the order of their numbers. The attribution step owns it.
 
 It is a projection of the usage journal (see `projection`), made durable in transactions that move the projection's
-position along. The state directory holds `log/receipts.sqlite`, `keys/` and the public key line in `log.pub`.
+position along. The state directory holds `log/receipts.sqlite`, `keys/` and the public key line in `log.pub`; logs that
+were closed (see `rotation`) lie in `closed/`, each in a state directory of its own.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from openlora.attribution.frames import START, Position, sync_directory
+from openlora.attribution.checkpoint import Checkpoint, sign_checkpoint
+from openlora.attribution.file_identity import file_identity
+from openlora.attribution.frames import Position, sync_directory
 from openlora.attribution.keys import LogKeys, load_keys
+from openlora.attribution.log_database import (
+    connect,
+    connect_to_write,
+    create_log,
+    has_log,
+    lock_log,
+    migrate,
+    stored_key,
+    version_of,
+)
 from openlora.attribution.log_key import ZERO32, LogKey
 from openlora.attribution.receipt import Receipt, ReceiptHasher, decode_leaf, leaf_hash, sign_digest
 from openlora.attribution.receipt_json import receipt_document
+from openlora.attribution.rotation import finish_rotation
 from openlora.errors import Internal, InvalidArgument, Unavailable
+from openlora.transaction import transaction
 
-_TABLES = (
-    # low_…: where in the journal the projection begins again after a restart
-    """CREATE TABLE log (id INTEGER PRIMARY KEY CHECK (id = 1), key_line TEXT NOT NULL, init_leaf BLOB NOT NULL,
-        low_segment INTEGER NOT NULL, low_offset INTEGER NOT NULL) STRICT""",
-    """CREATE TABLE receipts (seq INTEGER PRIMARY KEY, request_id BLOB NOT NULL UNIQUE, leaf BLOB NOT NULL,
-        leaf_hash BLOB NOT NULL, signature BLOB NOT NULL) STRICT""",
-    # content: domain tag and canonical JSON, or the preimage of a registry reference: exactly what was hashed
-    "CREATE TABLE blobs (sha256 BLOB PRIMARY KEY, content BLOB NOT NULL) STRICT",
-    "CREATE TABLE salts (seq INTEGER PRIMARY KEY, prompt BLOB NOT NULL, output BLOB NOT NULL) STRICT",
-)
+KEPT_CHECKPOINTS = 1_000  # the newest ones; the tree gives the roots of all others
+
+_PAGE = 50_000
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,15 @@ class LoggedReceipt:
 
 
 @dataclass(frozen=True)
+class SignedCheckpoint:
+    """A tree that the log has signed."""
+
+    size: int
+    root: bytes
+    note: str  # checkpoint.verify_checkpoint
+
+
+@dataclass(frozen=True)
 class NewReceipt:
     """A receipt on its way into the log."""
 
@@ -64,12 +80,13 @@ class NewReceipt:
 class ReceiptLog:
     """One log and its keys; `open` it, never construct it. Thread-safe."""
 
-    def __init__(self, connection: sqlite3.Connection, keys: LogKeys | None, key: LogKey, lock: int | None) -> None:
-        self.key = key
+    def __init__(self, path: Path, connection: sqlite3.Connection, keys: LogKeys | None, lock: int | None) -> None:
+        self.path = path
+        self.key = stored_key(connection)
         self._connection = connection
         self._keys = keys
         self._lock_descriptor = lock
-        self._hasher = ReceiptHasher(key.log_id)
+        self._hasher = ReceiptHasher(self.key.log_id)
         self._statements = threading.RLock()
 
     @classmethod
@@ -84,34 +101,28 @@ class ReceiptLog:
         """
         path = state_dir / "log" / "receipts.sqlite"
         if read_only:
-            if not path.exists():
-                raise InvalidArgument(f"no receipt log at {path}", field="state-dir")
-            connection = _connect(path)
-            connection.execute("PRAGMA query_only = ON")
-            if not _has_log(connection):
-                raise InvalidArgument(f"the receipt log at {path} is still being made", field="state-dir")
-            return cls(connection, None, _stored_key(connection), None)
+            return cls(path, _connect_to_read(path), None, None)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = _lock(path.parent, wait)
+        lock = lock_log(path.parent, wait)
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # it holds salts
-            connection = _connect(path)
-            _require_durable(connection)
-            new = not _has_log(connection)
+            finish_rotation(state_dir)
+            connection = connect_to_write(path)
+            new = not has_log(connection)
             keys = load_keys(state_dir / "keys", create=new)
             if new:
-                _create_log(connection, keys, origin)
+                create_log(connection, path, _new_key(keys, origin))
                 sync_directory(path.parent)
-            key = _stored_key(connection)
-            if (key.signer, key.checkpoint_key) != (keys.signer, keys.checkpoint_public):
+            migrate(connection, path)
+            log = cls(path, connection, keys, lock)
+            if (log.key.signer, log.key.checkpoint_key) != (keys.signer, keys.checkpoint_public):
                 raise Internal(f"the keys in {state_dir / 'keys'} are not those of the log in {path}")
-            if origin is not None and origin != key.origin:
-                raise Internal(f"the log in {path} has the origin {key.origin!r}, not {origin!r}")
-            _publish_key(state_dir / "log.pub", key)
+            if origin is not None and not log.key.is_of(origin):
+                raise Internal(f"the log in {path} has the origin {log.key.origin!r}, not {origin!r}")
+            _publish_key(state_dir / "log.pub", log.key)
         except BaseException:
             os.close(lock)
             raise
-        return cls(connection, keys, key, lock)
+        return log
 
     def close(self) -> None:
         """Close the file and let go of the lock."""
@@ -156,7 +167,12 @@ class ReceiptLog:
         if logged is None:
             raise InvalidArgument(f"no receipt {seq}; the log holds {self.size()}", field="seq")
         receipt = logged.receipt
-        blobs = [self._query("SELECT content FROM blobs WHERE sha256 = ?", one)[0][0] for one in receipt.blob_hashes]
+        blobs = []
+        for sha256 in receipt.blob_hashes:
+            blob = self.blob(sha256)
+            if blob is None:
+                raise Internal(f"receipt {seq} names the blob {sha256.hex()}, which the log in {self.path} lacks")
+            blobs.append(blob)
         salts = None
         if with_salts:
             rows = self._query("SELECT prompt, output FROM salts WHERE seq = ?", seq)
@@ -164,6 +180,80 @@ class ReceiptLog:
                 raise InvalidArgument(f"the salts of receipt {seq} were forgotten", field="salts")
             salts = rows[0]
         return receipt_document(receipt, logged.signature, self.key, blobs, salts)
+
+    def blob(self, sha256: bytes) -> bytes | None:
+        """What was hashed to this: tag and canonical JSON, or the preimage of a registry reference."""
+        rows = self._query("SELECT content FROM blobs WHERE sha256 = ?", sha256)
+        return rows[0][0] if rows else None
+
+    def blob_hashes(self) -> list[bytes]:
+        """The hashes of all blobs."""
+        return [row[0] for row in self._query("SELECT sha256 FROM blobs")]
+
+    def leaf_hashes(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The hashes of the leaves from number `start` to before `stop`, in order; by default of all there are now."""
+        stop = self.size() if stop is None else stop
+        for first in range(start, stop, _PAGE):
+            sql = "SELECT leaf_hash FROM receipts WHERE seq >= ? AND seq < ? ORDER BY seq"
+            for row in self._query(sql, first, min(first + _PAGE, stop)):
+                yield row[0]
+
+    def checkpoints(self) -> list[SignedCheckpoint]:
+        """The newest checkpoints that were signed, ascending; a log of an older version has none."""
+        with self._statements:
+            if version_of(self._connection) < 1:
+                return []
+            rows = self._query("SELECT size, root, note FROM checkpoints ORDER BY size")
+        return [SignedCheckpoint(*row) for row in rows]
+
+    def newest_checkpoint(self) -> SignedCheckpoint | None:
+        """The last checkpoint that was signed, released or not."""
+        return (self.checkpoints() or [None])[-1]
+
+    @property
+    def in_custody(self) -> bool:
+        """Whether this is the file that may sign: neither copied nor restored since it last was (see `custody`)."""
+        rows = self._query("SELECT identity FROM custody")
+        return bool(rows) and rows[0][0] == file_identity(self.path)
+
+    def take_custody(self) -> None:
+        """From now on this file signs. Only after a comparison with what others saw of the log."""
+        self._writable()
+        self._query("UPDATE custody SET identity = ?", file_identity(self.path))
+
+    def sign_checkpoint(self, size: int, root: bytes) -> SignedCheckpoint:
+        """Sign a tree's size and root, and return the note when that it was signed is durable.
+
+        Internal: it would contradict what was signed before, or this is not the file that may sign.
+        """
+        keys = self._writable()
+        checkpoint = Checkpoint(self.key.origin, size, root)
+        note = str(sign_checkpoint(checkpoint, keys.checkpoint))
+        with self._statements:
+            if not self.in_custody:
+                raise Internal(f"{self.path} was copied or restored: nothing is signed until it was compared")
+            newest = self.newest_checkpoint()
+            if newest is not None and (size < newest.size or (size == newest.size and root != newest.root)):
+                raise Internal(f"a checkpoint of {newest.size} receipts is signed; this one of {size} contradicts it")
+            with transaction(self._connection):
+                self._connection.execute("INSERT OR IGNORE INTO checkpoints VALUES (?, ?, ?)", (size, root, note))
+                self._connection.execute(
+                    "DELETE FROM checkpoints WHERE size < (SELECT min(size) FROM "
+                    "(SELECT size FROM checkpoints ORDER BY size DESC LIMIT ?))",
+                    (KEPT_CHECKPOINTS,),
+                )
+        return SignedCheckpoint(size, root, note)
+
+    @property
+    def first_completion(self) -> int:
+        """The number of the journal's completion that receipt 0 is of: completions count on when a log is closed."""
+        return self._query("SELECT first_completion FROM log")[0][0]
+
+    @property
+    def successor(self) -> LogKey | None:
+        """The log that follows a closed one."""
+        rows = self._query("SELECT successor FROM log")
+        return LogKey.parse(rows[0][0]) if rows[0][0] is not None else None
 
     def forget_salts(self, seq: int) -> None:
         """Erase the salts of a receipt for good: nobody can open its commitments any more; the receipt stays valid."""
@@ -218,53 +308,20 @@ class ReceiptLog:
             return self._connection.execute(sql, values).fetchall()
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    if not path.exists():
+        raise InvalidArgument(f"no receipt log at {path}", field="state-dir")
+    connection = connect(path)
+    connection.execute("PRAGMA query_only = ON")
+    if not has_log(connection):
+        raise InvalidArgument(f"the receipt log at {path} is still being made", field="state-dir")
+    return connection
 
 
-def _require_durable(connection: sqlite3.Connection) -> None:
-    """Set what durability and erasure need, and read it back: builds of SQLite differ in what they honour."""
-    wanted = {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "fullfsync": 1}  # 2 = FULL
-    for name, value in wanted.items():
-        connection.execute(f"PRAGMA {name} = {value}")
-        found = connection.execute(f"PRAGMA {name}").fetchone()[0]
-        if found != value:
-            raise Internal(f"SQLite {sqlite3.sqlite_version} keeps {name} at {found!r} instead of {value!r}")
-
-
-def _has_log(connection: sqlite3.Connection) -> bool:
-    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone() is not None
-
-
-def _lock(directory: Path, wait: bool) -> int:
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise Unavailable(f"another process holds the receipt log in {directory}", retry_after_ms=1_000) from error
-    return descriptor
-
-
-def _create_log(connection: sqlite3.Connection, keys: LogKeys, origin: str | None) -> None:
+def _new_key(keys: LogKeys, origin: str | None) -> LogKey:
     nonce = secrets.token_bytes(32)
-    key = LogKey(
-        origin=origin or f"openlora/{nonce[:8].hex()}",
-        signer=keys.signer,
-        checkpoint_key=keys.checkpoint_public,
-        nonce=nonce,
-        predecessor=ZERO32,
-    )
-    connection.execute("BEGIN IMMEDIATE")
-    for statement in _TABLES:
-        connection.execute(statement)
-    connection.execute("INSERT INTO log VALUES (1, ?, ?, ?, ?)", (key.line, key.init_leaf, *START))
-    connection.execute("COMMIT")
-
-
-def _stored_key(connection: sqlite3.Connection) -> LogKey:
-    row = connection.execute("SELECT key_line FROM log").fetchone()
-    return LogKey.parse(row[0])
+    origin = origin or f"openlora/{nonce[:8].hex()}"
+    return LogKey(origin, keys.signer, keys.checkpoint_public, nonce, ZERO32)
 
 
 def _publish_key(path: Path, key: LogKey) -> None:

@@ -76,6 +76,15 @@ class LogKey:
             f"checkpoint={self.checkpoint_key.hex()} nonce={self.nonce.hex()} predecessor={self.predecessor.hex()}"
         )
 
+    def is_of(self, origin: str) -> bool:
+        """Whether the log was made with this origin, or follows one that was: see `following_origin`."""
+        return self.origin == origin or (self.predecessor != ZERO32 and self.origin.rpartition("/")[0] == origin)
+
+    def following_origin(self, nonce: bytes) -> str:
+        """The origin of a log that follows this one. Witnesses know logs by their origin, so it is another one."""
+        base = self.origin if self.predecessor == ZERO32 else self.origin.rpartition("/")[0]
+        return f"{base}/{nonce[:4].hex()}"
+
     @classmethod
     def parse(cls, line: str) -> LogKey:
         """A key from its line. InvalidArgument: not such a line, or its log id is not that of its other fields."""

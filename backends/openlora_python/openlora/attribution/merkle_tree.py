@@ -1,7 +1,7 @@
 """The Merkle tree of RFC 6962 (SHA-256) over leaf hashes: roots, proofs, and what verifies them.
 
-A leaf's hash is SHA-256(0x00 ‖ leaf) (`receipt.leaf_hash`), a node's SHA-256(0x01 ‖ left ‖ right); the root of no leaves is
-SHA-256 of nothing.
+A leaf's hash is SHA-256(0x00 ‖ leaf) (`receipt.leaf_hash`), a node's SHA-256(0x01 ‖ left ‖ right); the root of no
+leaves is SHA-256 of nothing.
 
 Size 0: the empty tree is consistent with every tree by the empty proof, as the witness protocol has it, where the old
 root is really that of the empty tree. RFC 6962 defines no proof from 0, and some verifiers refuse it.
