@@ -10,7 +10,8 @@ from ...attribution.checkpoint import Checkpoint, verify_checkpoint
 from ...attribution.log import ReceiptLog
 from ...attribution.merkle_tree import MerkleTree
 from ...attribution.receipt import leaf_hash
-from ...errors import LogConflict
+from ...attribution.rotation import closed_directory
+from ...errors import InvalidArgument, LogConflict, Unavailable
 
 ZERO_ROOT = bytes(32)  # the contract's head of a log that has no anchor
 _PAGE = 10_000
@@ -24,6 +25,7 @@ class LocalLog:
         self._state_dir = state_dir
         self._tree = MerkleTree()
         self.checkpoint: Checkpoint | None = None
+        self.is_closed = False  # since this was made: another log has its place
         self._checked: tuple[str, int, bytes] | None = None
         with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
             self.key = log.key
@@ -36,7 +38,8 @@ class LocalLog:
         """Read the newest checkpoint and all leaves since the last time.
 
         Raises:
-            LogConflict: the checkpoint is not one of these leaves.
+            LogConflict: the checkpoint is not one of these leaves, or the log is gone.
+            Unavailable: it is being moved to where closed logs lie.
             ReceiptInvalid: it is not signed by the log.
         """
         try:
@@ -94,10 +97,22 @@ class LocalLog:
             return False
         return size > self.size or self._tree.root(size) != root
 
+    def _follow_closed(self) -> None:
+        closed = closed_directory(self._state_dir, self.key)
+        if self.is_closed or not closed.exists():
+            raise LogConflict(f"the log {self.key.log_id.hex()} is no longer in {self._state_dir}: start again")
+        self._state_dir = closed
+        self.is_closed = True
+
     def _read_leaves(self) -> None:
-        with closing(ReceiptLog.open(self._state_dir, read_only=True)) as log:
+        try:
+            log = ReceiptLog.open(self._state_dir, read_only=True)
+        except InvalidArgument as error:
+            raise Unavailable(f"the log is being moved: {error.message}") from error
+        with closing(log):
             if log.key != self.key:
-                raise LogConflict(f"the log is {log.key.log_id.hex()} now, not {self.key.log_id.hex()}: start again")
+                self._follow_closed()
+                raise Unavailable("the log was closed; its last checkpoint is anchored from where it lies now")
             size = log.size()
             if size < self._tree.size:
                 self._tree = MerkleTree()

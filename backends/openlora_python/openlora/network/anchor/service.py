@@ -39,7 +39,7 @@ def outbox_path(state_dir: Path) -> Path:
 
 
 def run(job: AnchorJob, *, once: bool, show: Callable[[Report], None], stopping: Event) -> None:
-    """Anchor until `stopping` is set; with `once`, until what is signed by now is anchored for good.
+    """Anchor until `stopping` is set or a closed log is anchored whole; with `once`, until what is signed now is final.
 
     Raises:
         LogConflict, ChainMismatch: as `AnchorWorker.step` does; a lost devnet is waited for instead.
@@ -73,6 +73,8 @@ def run(job: AnchorJob, *, once: bool, show: Callable[[Report], None], stopping:
                 wanted = report.checkpoint_size if wanted is None else wanted
                 if report.final_size >= wanted:
                     return
+            if log.is_closed and report.final_size == report.checkpoint_size:
+                return  # its successor is another log, to be registered first
             failures = failures + 1 if report.phase is Phase.UNREACHABLE else 0
             poll = DEVNET_POLL_SECONDS if deployment.is_local_devnet else POLL_SECONDS
             stopping.wait(min(poll * 2 ** min(failures, 8), LONGEST_WAIT_SECONDS) if failures else poll)
