@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ from openlora.network.deployment import Deployment
 from openlora.network.signer import write_key
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["test_anchor_process"])
+# what takes seconds to import; the fork server finds installed packages only
+PROCESSES.set_forkserver_preload(["pytest", "openlora.network.anchor.service", "openlora.network.deploy"])
 
 
 @pytest.fixture
@@ -115,8 +117,6 @@ def test_errors_are_one_line_and_a_status(state: Path) -> None:
         assert words in done.stderr
     file = state.parent / "deployment.json"
     Deployment.load(file).model_copy(update={"chain_id": 5}).save(file)
-    assert settle_anchor(state, "--once", key="missing").returncode == 1
-    write_key(state.parent / "keys" / "own.key", type(SUBMITTER).create() if hasattr(type(SUBMITTER), "create") else ADMIN)
     assert settle_anchor(state, "--once").returncode == 2  # a key that everybody has, on a chain that is no devnet
 
 
@@ -186,11 +186,11 @@ def _one_step(kind: type[AnchorChain], state: Path) -> None:
     AnchorWorker(rpc, log, Outbox(outbox_path(state)), SUBMITTER, EAGER).step(time.time())
 
 
-def _anchor(state: Path, once: bool) -> None:
-    from threading import Event
-
+def _anchor(state: Path, once: bool, begun: Any = None) -> None:
     job = AnchorJob(state.parent / "deployment.json", state, state.parent / "keys" / "submitter.key", EAGER)
-    run(job, once=once, show=lambda report: None, stopping=Event())
+    if begun is not None:
+        begun.send("begun")
+    run(job, once=once, show=lambda report: None, stopping=threading.Event())
 
 
 @pytest.mark.parametrize("kind", [DiesBeforeSending, DiesAfterSending])
@@ -209,7 +209,7 @@ def test_killed_between_keeping_sending_and_recording(kind: type[AnchorChain], c
 
 
 def kill_at_random(chain: Anvil, state: Path, rounds: int, seed: int) -> None:
-    """Workers that live for a moment each, over a log that grows and a chain that sometimes waits and sometimes turns back."""
+    """Workers that live for a moment each, over a log that grows and a chain that sometimes waits or turns back."""
     deployment = Deployment.load(state.parent / "deployment.json")
     choose = random.Random(seed)
     served = 0
@@ -219,9 +219,11 @@ def kill_at_random(chain: Anvil, state: Path, rounds: int, seed: int) -> None:
         fate = choose.choice(["mine", "mine", "hold", "reorg"])
         if fate == "hold":
             chain.hold()
-        child = PROCESSES.Process(target=_anchor, args=(state, False))
+        here, there = PROCESSES.Pipe()
+        child = PROCESSES.Process(target=_anchor, args=(state, False, there))
         child.start()
-        child.join(choose.uniform(0.0, 0.25))  # no synchronisation: a random moment
+        here.recv()
+        child.join(choose.uniform(0.0, 0.4))  # no synchronisation: a random moment
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL

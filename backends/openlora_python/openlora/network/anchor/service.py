@@ -73,7 +73,7 @@ def run(job: AnchorJob, *, once: bool, show: Callable[[Report], None], stopping:
                 wanted = report.checkpoint_size if wanted is None else wanted
                 if report.final_size >= wanted:
                     return
-            if log.is_closed and report.final_size == report.checkpoint_size:
+            if log.is_closed and report.phase is Phase.IDLE and report.final_size == report.checkpoint_size:
                 return  # its successor is another log, to be registered first
             failures = failures + 1 if report.phase is Phase.UNREACHABLE else 0
             poll = DEVNET_POLL_SECONDS if deployment.is_local_devnet else POLL_SECONDS
