@@ -175,7 +175,7 @@ CARDS = {
     "card-1e400": Hostile(_prices("1e400"), "1e400 is out of range"),
     "card-negative-price": Hostile(_prices("-1"), "card.prices.input: Input should be greater than or equal to 0"),
     "card-price-of-a-half": Hostile(_prices("0.5"), "card.prices.input: Input should be a valid integer"),
-    "card-price-over-2-53": Hostile(_prices(str(2**53)), "card.prices.input: Value error, Input should be less than 2^53"),
+    "card-price-over-2-53": Hostile(_prices(str(2**53)), "Value error, Input should be less than 2^53"),
     "card-price-of-4000-digits": Hostile(_prices("9" * 4000), "card.prices.input: "),
     "card-price-of-5000-digits": Hostile(_prices("9" * 5000), "openlora.json is not JSON"),
     "card-price-as-a-word": Hostile(_prices('"one"'), "card.prices.input: Value error, 'one' is not a whole number"),

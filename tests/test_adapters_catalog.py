@@ -303,7 +303,7 @@ def test_a_lookup_is_one_query_however_much_there_is(catalog, reader):
     reader._connection.set_trace_callback(None)
     (statement,) = statements
     plan = [row[3] for row in catalog._connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
-    assert len(plan) == 3
+    assert len(plan) == 4
     assert all(step.startswith("SEARCH ") for step in plan)
 
 

@@ -15,6 +15,7 @@ from .attribution.commands import receipts_app
 from .bench.command import bench
 from .errors import OpenLoRAError
 from .network.anchor.command import anchor
+from .network.commands import network_app
 from .network.devnet_command import devnet
 from .serving.generate_command import generate
 from .serving.keys_command import keys_app
@@ -39,6 +40,7 @@ app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")
 app.add_typer(keys_app, name="keys")
 app.add_typer(settle_app, name="settle")
+app.add_typer(network_app, name="network")
 
 
 def main() -> None:

@@ -169,13 +169,22 @@ class ContractRefused(OpenLoRAError):
     exit_code = 10
 
 
+class SettlementDiffers(OpenLoRAError):
+    """A proposed epoch is not what the receipts and the chain give: nobody should attest it."""
+
+    code = "SETTLEMENT_DIFFERS"
+    triton_code = "INVALID_ARG"
+    http_status = 422
+    exit_code = 11
+
+
 class LogConflict(OpenLoRAError):
     """The receipt log is not what was anchored or signed of it: restored, copied or changed. Nothing goes on over it."""
 
     code = "LOG_CONFLICT"
     triton_code = "UNAVAILABLE"
     http_status = 503
-    exit_code = 11
+    exit_code = 12
 
 
 def _subclasses(root: type[OpenLoRAError]) -> dict[str, type[OpenLoRAError]]:

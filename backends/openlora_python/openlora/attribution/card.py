@@ -52,7 +52,7 @@ def _whole_amount(value: Any) -> Any:
             raise ValueError(f"{value[:40]!r} is not a whole number of at most 10^30, without leading zeros")
         return int(value)
     if type(value) is int and value >= 2**53:
-        raise ValueError('Input should be less than 2^53; write larger prices as text ("10000000000000000")')
+        raise ValueError("Input should be less than 2^53; larger prices are written as text")
     return value
 
 

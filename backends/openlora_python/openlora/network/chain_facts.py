@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from web3 import Web3
     from web3.types import LogReceipt
 
-SOURCES = ("AdapterRegistry", "AttributionLog", "RewardDistributor")
+# docs/settlement.md, 2: what settlement and the catalog go by. Roles and pauses are no part of either.
+EVENTS = {
+    "AdapterRegistry": ("ModelRegistered", "TermsPublished", "AccessChanged", "ModelRevoked", "ParametersPublished"),
+    "AttributionLog": ("LogRegistered", "SubmitterChanged", "Anchored"),
+    "RewardDistributor": ("Deposited", "Proposed", "Vetoed", "Accepted", "Settled", "Claimed"),
+}
 SPAN = 2_000  # blocks a question; halved where a server finds that too much
 ATTEMPTS = 3  # when the chain moves under the reading
 FORMAT = 1
@@ -160,17 +165,17 @@ class _Decoder:
     def __init__(self, web3: Web3, deployment: Deployment) -> None:
         self.addresses: dict[str, str] = {}  # to the contract's name
         self._events: dict[tuple[str, bytes], tuple[Any, Mapping[str, Any]]] = {}
-        for name in SOURCES:
+        for name in EVENTS:
             address = getattr(deployment.contracts, name).address
             self.addresses[address] = name
             contract = contract_at(web3, name, address)
             for entry in contract.abi:
-                if entry["type"] == "event":
+                if entry["type"] == "event" and entry["name"] in EVENTS[name]:
                     topic = bytes(event_abi_to_log_topic(entry))
                     self._events[address, topic] = (contract.events[entry["name"]](), entry)
 
     def event(self, log: LogReceipt) -> ChainEvent | None:
-        """None: an event that no description has."""
+        """None: one that is no part of the facts."""
         known = self._events.get((log["address"], bytes(log["topics"][0])))
         if known is None:
             return None
@@ -196,7 +201,7 @@ class _Cache:
 
     def __init__(self, path: Path | None, deployment: Deployment) -> None:
         identity = {"chain_id": deployment.chain_id, "genesis": deployment.genesis, "format": FORMAT}
-        identity |= {name: getattr(deployment.contracts, name).address for name in SOURCES}
+        identity |= {name: getattr(deployment.contracts, name).address for name in EVENTS}
         identity["start_block"] = deployment.start_block
         facts = json.dumps(identity, sort_keys=True)
         if path is not None:
@@ -210,9 +215,7 @@ class _Cache:
             with transaction(self._connection):
                 for statement in SCHEMA.strip().split(";\n"):
                     self._connection.execute(statement)
-                self._connection.execute(
-                    "INSERT INTO deployment VALUES (1, ?, ?)", (facts, deployment.start_block - 1)
-                )
+                self._connection.execute("INSERT INTO deployment VALUES (1, ?, ?)", (facts, deployment.start_block - 1))
 
     def close(self) -> None:
         self._connection.close()
@@ -225,9 +228,7 @@ class _Cache:
     def newest_headers(self) -> Iterator[BlockHeader]:
         numbers = self._connection.execute("SELECT number FROM headers ORDER BY number DESC").fetchall()
         for (number,) in numbers:
-            yield BlockHeader(
-                *self._connection.execute("SELECT * FROM headers WHERE number = ?", (number,)).fetchone()
-            )
+            yield BlockHeader(*self._connection.execute("SELECT * FROM headers WHERE number = ?", (number,)).fetchone())
 
     def roll_back(self, head: int) -> None:
         """Forget everything above `head`."""
@@ -242,7 +243,10 @@ class _Cache:
         with transaction(self._connection):
             self._connection.executemany(
                 "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
-                [(one.block, one.index, one.contract, one.name, json.dumps(one.args, default=_tagged)) for one in events],
+                [
+                    (one.block, one.index, one.contract, one.name, json.dumps(one.args, default=_tagged))
+                    for one in events
+                ],
             )
             # Of heads without events the newest alone is kept: it is what a re-org is noticed by.
             self._connection.execute("DELETE FROM headers WHERE number NOT IN (SELECT block FROM events)")
@@ -253,9 +257,7 @@ class _Cache:
             self._connection.execute("UPDATE deployment SET head = ?", (head,))
 
     def events(self, to_block: int) -> Iterator[ChainEvent]:
-        rows = self._connection.execute(
-            "SELECT * FROM events WHERE block <= ? ORDER BY block, log_index", (to_block,)
-        )
+        rows = self._connection.execute("SELECT * FROM events WHERE block <= ? ORDER BY block, log_index", (to_block,))
         for block, index, contract, name, args in rows:
             yield ChainEvent(block, index, contract, name, json.loads(args, object_hook=_untagged))
 

@@ -71,7 +71,9 @@ class Deployment(_Strict):
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise InvalidArgument(f"can't read the deployment file {path}: {error.strerror}", field="deployment") from error
+            raise InvalidArgument(
+                f"can't read the deployment file {path}: {error.strerror}", field="deployment"
+            ) from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -99,12 +101,19 @@ class Deployment(_Strict):
         """Raises as `connect` does."""
         from .rpc import reaching
 
+        self.check_chain(web3)
         with reaching(self.rpc_url):
-            _same("chain id", self.chain_id, web3.eth.chain_id)
-            _same("genesis", self.genesis, web3.eth.get_block(0)["hash"].to_0x_hex())
             for name in CONTRACT_NAMES:
                 place: ContractPlace = getattr(self.contracts, name)
                 _same(f"code hash of {name} {place.address}", place.code_hash, code_hash(web3, place.address))
+
+    def check_chain(self, web3: Web3) -> None:
+        """As `check`, without the contracts: their code does not change as long as the chain is the same."""
+        from .rpc import reaching
+
+        with reaching(self.rpc_url):
+            _same("chain id", self.chain_id, web3.eth.chain_id)
+            _same("genesis", self.genesis, web3.eth.get_block(0)["hash"].to_0x_hex())
 
     def final_block(self, web3: Web3) -> BlockData:
         """The newest block that counts as final: by the chain's word, or by `confirmations` blocks on top of it.
@@ -151,5 +160,3 @@ def is_loopback(rpc_url: str) -> bool:
 def _same(what: str, wanted: object, found: object) -> None:
     if wanted != found:
         raise ChainMismatch(f"{what} is {found} on this chain, {wanted} in the deployment file: nothing was done")
-
-

@@ -9,15 +9,18 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import gzip
+import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eth_account.signers.local import LocalAccount
 
@@ -242,9 +245,11 @@ class _StateKeeper:
             answer = self._web3.provider.make_request("anvil_dumpState", [])
         if "result" not in answer:
             raise Unavailable(f"anvil gives no state: {answer.get('error')}")
+        state = json.loads(gzip.decompress(bytes.fromhex(answer["result"][2:])))
+        state["blocks"] = self._canonical(state["blocks"])
         draft = self._file.with_suffix(".new")
-        with draft.open("wb") as file:
-            file.write(gzip.decompress(bytes.fromhex(answer["result"][2:])))
+        with draft.open("w") as file:
+            json.dump(state, file)
             file.flush()
             os.fsync(file.fileno())
         draft.rename(self._file)
@@ -253,10 +258,28 @@ class _StateKeeper:
         self._next = now + (now - began) / DUMP_PART
 
 
+    def _canonical(self, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Without those that others took the place of: anvil adds a genesis at each start, and keeps what a re-org
+        threw out; of two blocks of one number it would load either."""
+        counts = Counter(block["header"]["number"] for block in blocks)
+        kept: list[dict[str, Any]] = []
+        for block in blocks:
+            header = block["header"]
+            if counts[header["number"]] > 1:
+                with reaching(rpc_url(self._web3)):
+                    real = self._web3.eth.get_block(int(header["number"], 16))
+                wanted = (real["parentHash"].to_0x_hex(), real["stateRoot"].to_0x_hex(), real["timestamp"])
+                if (header["parentHash"], header["stateRoot"], int(header["timestamp"], 16)) != wanted:
+                    continue
+            kept.append(block)
+        return kept
+
+
 @contextmanager
 def _anvil(options: DevnetOptions) -> Iterator[subprocess.Popen[bytes]]:
     """anvil on this state directory; gone afterwards, and with this process however that ends."""
     anvil = str(find_tool("anvil"))
+    _wait_for_port(options.port)
     command = [anvil, "--host", HOST, "--port", str(options.port), "--chain-id", str(DEVNET_CHAIN_ID), "--silent"]
     command += ["--slots-in-an-epoch", "1", "--mnemonic", DEVNET_MNEMONIC, "--accounts", str(len(ROLES))]
     if options.block_seconds:
@@ -306,9 +329,23 @@ def _answering(process: subprocess.Popen[bytes], options: DevnetOptions) -> Web3
                 raise
             time.sleep(LOOK_SECONDS / 5)
             continue
-        # Whoever answers on this port must be the one that was started here: its exit would be seen by now.
-        if process.poll() is None:
-            return web3
+        return web3
+
+
+def _wait_for_port(port: int) -> None:
+    """That of a devnet that was killed is free in a moment. Another program that answered there would be taken for
+    anvil."""
+    until = time.monotonic() + STOP_SECONDS
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+                return
+            except OSError:
+                if time.monotonic() > until:
+                    raise Unavailable(f"port {port} on {HOST} is taken by another program") from None
+        time.sleep(LOOK_SECONDS)
 
 
 def _last_words(options: DevnetOptions) -> str:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import requests
 from eth_abi import decode as abi_decode
 from eth_abi.exceptions import DecodingError
-from eth_utils import function_abi_to_4byte_selector
+from eth_utils import function_abi_to_4byte_selector, to_checksum_address
 from eth_utils.abi import collapse_if_tuple
 from web3.exceptions import (
     BlockNotFound,
@@ -75,14 +75,17 @@ def decode_revert(data: str | None) -> str | None:
         return f"an unknown error {data[:74]}"
     names = [one["name"] or str(index) for index, one in enumerate(known["inputs"])]
     try:
-        values = abi_decode([collapse_if_tuple(one) for one in known["inputs"]], bytes.fromhex(data[10:]))
+        types = [collapse_if_tuple(one) for one in known["inputs"]]
+        values = abi_decode(types, bytes.fromhex(data[10:]))
     except DecodingError:
         return known["name"]
-    shown = ", ".join(f"{name}={_shown(value)}" for name, value in zip(names, values, strict=True))
+    shown = ", ".join(f"{name}={_shown(*one)}" for name, *one in zip(names, types, values, strict=True))
     return f"{known['name']}({shown})"
 
 
-def _shown(value: Any) -> str:
+def _shown(kind: str, value: Any) -> str:
+    if kind == "address":
+        return to_checksum_address(value)
     return "0x" + value.hex() if isinstance(value, bytes) else str(value)
 
 

@@ -77,5 +77,3 @@ def _reason(web3: Web3, transaction: TxParams, receipt: TxReceipt) -> str:
     except ContractRefused as error:
         return error.message
     return f"reverted in block {receipt['blockNumber']}"
-
-

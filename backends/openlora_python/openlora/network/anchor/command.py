@@ -46,8 +46,7 @@ def anchor(
 ) -> None:
     """Anchor the receipt log's signed checkpoints on the chain, until SIGTERM or Ctrl-C.
 
-    Exits 7 if --once can't get on, 9 at another chain than the deployment's, 11 if the log is not the one that was
-    anchored.
+    Exits 7 if --once can't get on, 9 at another chain than the deployment's, 12 if the log is not what was anchored of it.
     """
     from .fees import GWEI, FeePolicy
     from .service import AnchorJob, run
