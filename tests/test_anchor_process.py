@@ -205,7 +205,9 @@ def test_killed_between_keeping_sending_and_recording(kind: type[AnchorChain], c
     assert row.times_sent == 0
     _anchor(state, once=True)
     check_history(chain, deployment, state, 5)
-    assert [one.anchor.raw for one in Outbox(outbox_path(state)).newest(LocalLog(state).key.log_id, 10)] == [row.anchor.raw]
+    assert [one.anchor.raw for one in Outbox(outbox_path(state)).newest(LocalLog(state).key.log_id, 10)] == [
+        row.anchor.raw
+    ]
 
 
 def kill_at_random(chain: Anvil, state: Path, rounds: int, seed: int) -> None:

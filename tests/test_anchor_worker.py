@@ -14,9 +14,9 @@ from anvil_chain import SUBMITTER, Anvil, anvil, deploy_contracts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openlora.attribution.chain_check import ChainCheck
+from openlora.attribution.chain_check import ChainCheck, anchored_head
 from openlora.attribution.log import ReceiptLog
-from openlora.errors import Internal, LogConflict, ReceiptInvalid
+from openlora.errors import Internal, LogConflict, ReceiptInvalid, Unavailable
 from openlora.network.anchor.fees import GWEI, FeePolicy, Fees, check_replacement
 from openlora.network.anchor.outbox import FINAL
 from openlora.network.anchor.worker import AnchorPolicy, Phase
@@ -53,7 +53,10 @@ def test_a_checkpoint_is_anchored_once(case: AnchorCase) -> None:
     case.serve(3)
     assert [case.step().phase for _ in range(3)] == [Phase.SENT, Phase.IDLE, Phase.IDLE]
     case.check_history(8)
-    assert [(row.anchor.previous_size, row.anchor.size, row.state) for row in case.rows()] == [(0, 5, FINAL), (5, 8, FINAL)]
+    assert [(row.anchor.previous_size, row.anchor.size, row.state) for row in case.rows()] == [
+        (0, 5, FINAL),
+        (5, 8, FINAL),
+    ]
     assert ChainCheck.load(case.state).verdict == "consistent"
 
 
@@ -117,7 +120,24 @@ def test_a_restored_log_is_behind_and_never_anchored_over(case: AnchorCase, tmp_
         restored.step()
     check = ChainCheck.load(backup)
     assert (check.verdict, check.head_size, check.log_size, check.log_id) == ("behind", 8, 4, case.key.log_id.hex())
+    assert anchored_head(backup)(case.key).size == 8
     assert restored.rows() == []
+
+
+def test_what_the_chain_says_of_a_copy_counts_from_its_own_comparison_on(case: AnchorCase, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="not compared with the chain"):
+        anchored_head(case.state)(case.key)
+    case.step()
+    assert anchored_head(case.state)(case.key) is None
+    case.serve(4)
+    case.step()
+    case.step()
+    copy = shutil.copytree(case.state, tmp_path / "copy")
+    assert anchored_head(case.state)(case.key) == case.log.checkpoint
+    with pytest.raises(Unavailable, match="not compared with the chain"):
+        anchored_head(copy)(case.key)
+    AnchorCase(case.chain, case.deployment, copy).step()
+    assert anchored_head(copy)(case.key) == case.log.checkpoint
 
 
 def test_a_copied_log_that_went_another_way_is_forked(case: AnchorCase, tmp_path: Path) -> None:
@@ -174,7 +194,9 @@ def test_too_cheap_a_replacement_is_refused_before_it_is_kept(case: AnchorCase) 
         case.step()
         (row,) = case.rows()
         for max_fee, tip in ((1.09, 2), (2, 1.09), (1, 1)):
-            cheap = replace(row.anchor, hash=bytes(32), max_fee=int(row.anchor.max_fee * max_fee), tip=int(row.anchor.tip * tip))
+            cheap = replace(
+                row.anchor, hash=bytes(32), max_fee=int(row.anchor.max_fee * max_fee), tip=int(row.anchor.tip * tip)
+            )
             with pytest.raises(Internal, match="10 %"):
                 case.outbox.add(case.worker.scope, cheap)
         assert case.rows() == [row]
@@ -185,7 +207,9 @@ def test_too_cheap_a_replacement_is_refused_before_it_is_kept(case: AnchorCase) 
 def test_the_outbox_is_private_and_synced(case: AnchorCase) -> None:
     path = case.state / "settle" / "outbox.sqlite"
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
-    pragmas = [case.outbox._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    pragmas = [
+        case.outbox._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+    ]
     assert pragmas == ["wal", 2]
 
 

@@ -58,7 +58,7 @@ def deploy_contracts(
 ) -> None:
     """Put the contracts on a chain, with the key's account as their admin, and write the deployment file."""
     from .deploy import DeploymentPlan, deploy
-    from .deployment import Deployment, connect
+    from .deployment import connect
     from .rpc import reaching
     from .signer import load_signer
 

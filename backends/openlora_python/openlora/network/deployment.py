@@ -16,7 +16,7 @@ from eth_hash.auto import keccak
 from eth_utils import is_checksum_address, to_checksum_address
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import ChainMismatch, InvalidArgument, Unavailable
+from ..errors import ChainMismatch, InvalidArgument
 
 if TYPE_CHECKING:
     from web3 import Web3

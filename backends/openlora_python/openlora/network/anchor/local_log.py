@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...attribution.chain_check import ChainCheck
 from ...attribution.checkpoint import Checkpoint, verify_checkpoint
+from ...attribution.file_identity import file_identity
 from ...attribution.log import ReceiptLog
 from ...attribution.merkle_tree import MerkleTree
 from ...attribution.receipt import leaf_hash
@@ -26,7 +27,7 @@ class LocalLog:
         self._tree = MerkleTree()
         self.checkpoint: Checkpoint | None = None
         self.is_closed = False  # since this was made: another log has its place
-        self._checked: tuple[str, int, bytes] | None = None
+        self._checked: tuple[str, str, int, bytes] | None = None
         with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
             self.key = log.key
 
@@ -67,16 +68,18 @@ class LocalLog:
         verdict = "consistent"
         if self._differs(size, root):
             verdict = "behind" if size > self.size else "forked"
-        if self._checked != (verdict, size, root):
+        identity = file_identity(self._state_dir / "log" / "receipts.sqlite")
+        if self._checked != (identity, verdict, size, root):
             ChainCheck(
                 log_id=self.key.log_id.hex(),
                 verdict=verdict,
                 head_size=size,
                 head_root=root.hex(),
                 log_size=self.size,
+                file=identity,
                 checked_at=now,
             ).save(self._state_dir)
-            self._checked = (verdict, size, root)
+            self._checked = (identity, verdict, size, root)
         if verdict == "behind":
             raise LogConflict(
                 f"{size} receipts are anchored, this log has {self.size}: it was restored or copied from an older "
