@@ -249,9 +249,7 @@ class CaseLog:
             "status": 1,
             "base_model": bytes.fromhex(base["digest"]),
             "runtime_hash": self.keep(b"openlora/runtime/v1" + rfc8785.dumps(runtime)),
-            "adapters_hash": self.keep(
-                b"openlora/adapters/v1" + rfc8785.dumps({"adapters": uses, "method": "cat"})
-            ),
+            "adapters_hash": self.keep(b"openlora/adapters/v1" + rfc8785.dumps({"adapters": uses, "method": "cat"})),
             "terms_hash": self.keep(b"openlora/terms/v1" + rfc8785.dumps(terms_blob)),
             "registry_ref": self.keep(preimage),
             "prompt_commit": ZERO32,

@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from .adapters.commands import adapters_app
 from .adapters.routes_commands import routes_app
 from .attribution.commands import receipts_app
+from .attribution.settlement.commands import settle_app
 from .bench.command import bench
 from .errors import OpenLoRAError
 from .network.anchor.command import anchor
@@ -38,6 +39,7 @@ app.command()(devnet)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")
+app.add_typer(settle_app, name="settle")
 app.add_typer(keys_app, name="keys")
 app.add_typer(settle_app, name="settle")
 app.add_typer(network_app, name="network")

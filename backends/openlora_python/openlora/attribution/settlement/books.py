@@ -102,6 +102,8 @@ def keep_prefixes(
             continue
         sizes = {judged.log.settled_size, (stops or {}).get(log_id, judged.log.settled_size)} - {0}
         begun = books.prefixes.get(log_id)
+        if begun is not None and sizes == {begun.size}:
+            continue
         frontier = StoredFrontier.at(begun.size, begun.peaks) if begun else StoredFrontier()
         known = set(begun.request_ids) if begun else set()
         prefixes = []

@@ -16,11 +16,12 @@ from openlora.attribution.commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TA
 from openlora.attribution.frames import STATUS_CANCELLED, STATUS_COMPLETE
 from openlora.attribution.log_key import LogKey
 from openlora.attribution.receipt import Receipt, ReceiptHasher, decode_leaf
+from openlora.attribution.receipt_json import parse_receipt_document
 from openlora.attribution.settlement.chain_state import ZERO32, Anchor, LogState
 from openlora.attribution.settlement.facts import BlockHeader, ChainFacts
 from openlora.attribution.settlement.registry import Registry, account
 from openlora.attribution.settlement.shares import Shares, shares
-from openlora.errors import Internal, InvalidArgument
+from openlora.errors import Internal, InvalidArgument, ReceiptInvalid
 
 REASONS = (
     "leaf",
@@ -286,9 +287,9 @@ def _tree(tag: bytes, blob: bytes) -> Any:
     if not blob.startswith(tag):
         raise InvalidArgument(f"does not begin with {tag.decode()}", field="blob")
     try:
-        tree = msgspec.json.decode(blob[len(tag) :])
-        if blob_bytes(tag, tree) != blob:
-            raise InvalidArgument("not canonical", field="blob")
-    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-        raise InvalidArgument(f"not JSON: {error}", field="blob") from error
+        tree = parse_receipt_document(blob[len(tag) :])
+    except ReceiptInvalid as error:
+        raise InvalidArgument(error.message, field="blob") from error
+    if blob_bytes(tag, tree) != blob:
+        raise InvalidArgument("not canonical", field="blob")
     return tree

@@ -23,9 +23,7 @@ class Tally:
     void_price: Counter[str] = field(default_factory=Counter)
 
     def copy(self) -> Tally:
-        return Tally(
-            self.owed.copy(), self.paid, self.paid_receipts, self.void_receipts.copy(), self.void_price.copy()
-        )
+        return Tally(self.owed.copy(), self.paid, self.paid_receipts, self.void_receipts.copy(), self.void_price.copy())
 
     def add(self, other: Tally) -> None:
         self.owed.update(other.owed)

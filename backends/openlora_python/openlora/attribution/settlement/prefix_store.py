@@ -64,7 +64,7 @@ class PrefixStore:
         return None
 
     def save(self, facts: ChainFacts, log: LogState, prefixes: Iterable[Prefix]) -> None:
-        """Keep these prefixes of a log and no others."""
+        """Keep these prefixes of a log, and of the others those that are longer."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory.chmod(0o700)
         kept = set()
@@ -78,8 +78,9 @@ class PrefixStore:
             draft = path.with_name(f".{path.name}.{os.getpid()}")
             draft.write_bytes(hashlib.sha256(body).digest() + body)
             draft.rename(path)
-        for size in set(self._sizes(log)) - kept:
-            self._path(log, size).unlink(missing_ok=True)
+        for size in self._sizes(log):
+            if kept and size < min(kept):
+                self._path(log, size).unlink(missing_ok=True)
 
     def _sizes(self, log: LogState) -> list[int]:
         names = [path.name.rpartition("-")[2] for path in self._directory.glob(f"{log.log_id.hex()}-*")]
