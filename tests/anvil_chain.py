@@ -1,4 +1,4 @@
-"""A real chain for tests: anvil in a process of its own, the contracts on it, and a server between that fails as told."""
+"""A real chain for tests: anvil in a process of its own, the contracts on it, and a server between that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serving and anchoring together: the server knows no chain, and a chain that is gone stops no answer and no receipt."""
+"""Serving and anchoring together: a chain that is gone stops no answer and no receipt."""
 
 from __future__ import annotations
 

@@ -12,14 +12,27 @@ from pathlib import Path
 
 import pytest
 from anchor_cases import EAGER, AnchorCase, register_log
-from anvil_chain import ADMIN, OTHER, OWNER, SUBMITTER, Anvil, FaultyRpc, anvil, deploy_contracts
+from anvil_chain import (
+    ADMIN,
+    ATTESTOR,
+    OTHER,
+    OWNER,
+    PUBLISHER,
+    SUBMITTER,
+    Anvil,
+    FaultyRpc,
+    anvil,
+    deploy_contracts,
+)
 
 from openlora.attribution.log import ReceiptLog
-from openlora.errors import ChainMismatch
+from openlora.attribution.settlement.attestation import attest
+from openlora.attribution.settlement.chain_state import Allocation, Proposal
+from openlora.errors import ChainMismatch, ContractRefused
 from openlora.network.anchor.fees import GWEI, FeePolicy
 from openlora.network.anchor.outbox import DISPLACED, FINAL, OPEN, REVERTED
 from openlora.network.anchor.worker import Phase
-from openlora.network.contracts import contracts_of
+from openlora.network.contracts import EpochAllocation, contracts_of
 from openlora.network.deployment import Deployment
 from openlora.network.transactions import send
 
@@ -254,6 +267,35 @@ def test_reorg_of_the_registration(case: AnchorCase, undo: Callable[[Anvil, int]
     assert case.step(30).phase is Phase.RESENT
     assert case.step().final_size == 5
     case.check_history(5)
+
+
+@REORGS
+def test_reorg_of_an_accept(case: AnchorCase, undo: Callable[[Anvil, int], None]) -> None:
+    """What was accepted is pending again, and the same call accepts it, once."""
+    case.serve(5)
+    case.step()
+    web3, on = case.chain.web3, contracts_of(case.chain.web3, case.deployment)
+    send(web3, ADMIN, on.token.mint(OWNER.address, 1_000))
+    send(web3, OWNER, on.token.approve(on.distributor.address, 1_000))
+    send(web3, OWNER, on.distributor.deposit(case.key.log_id, 1_000))
+    allocation = Allocation(case.key.log_id, 0, 5, 600)
+    proposal = Proposal(on.distributor.epoch() + 1, bytes(32), 600, (allocation,))
+    values = (proposal.root, proposal.total, [EpochAllocation(case.key.log_id, 0, 5, 600)])
+    send(web3, PUBLISHER, on.distributor.propose(*values))
+    case.chain.rpc("evm_increaseTime", 10)
+    case.chain.mine()
+    signed = attest(ATTESTOR, case.deployment.chain_id, on.distributor.address, proposal)
+    accept = on.distributor.accept(proposal.epoch, *values, [signed.signature])
+    send(web3, OTHER, accept)
+    assert (on.distributor.totals().total, on.distributor.settled_size_of(case.key.log_id)) == (600, 5)
+    undo(case.chain, 1)
+    assert (on.distributor.totals().total, on.distributor.settled_size_of(case.key.log_id)) == (0, 0)
+    case.chain.rpc("evm_increaseTime", 10)
+    case.chain.mine()
+    send(web3, OTHER, accept)
+    assert (on.distributor.totals().total, on.distributor.settled_size_of(case.key.log_id)) == (600, 5)
+    with pytest.raises(ContractRefused):
+        send(web3, OTHER, accept)
 
 
 # --- keys

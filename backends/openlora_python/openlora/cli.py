@@ -29,19 +29,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-settle_app = typer.Typer(help="From receipts to rewards: anchors on the chain.", no_args_is_help=True)
-settle_app.command()(anchor)
 app.command()(serve)
 app.command()(stop)
 app.command()(generate)
 app.command()(bench)
 app.command()(devnet)
+settle_app.command()(anchor)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")
 app.add_typer(settle_app, name="settle")
 app.add_typer(keys_app, name="keys")
-app.add_typer(settle_app, name="settle")
 app.add_typer(network_app, name="network")
 
 

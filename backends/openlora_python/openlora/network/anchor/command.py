@@ -22,7 +22,10 @@ from ...errors import InvalidArgument, Unavailable
 _SHOWN = 20
 _POLICY_EVERY, _POLICY_RECEIPTS = 600.0, 10_000
 
-Deployment = Annotated[Path, typer.Option(metavar="FILE", help="The deployment file of the contracts.")]
+DeploymentFile = Annotated[
+    Path,
+    typer.Option("--deployment", metavar="FILE", envvar="OPENLORA_NETWORK__DEPLOYMENT", help="The deployment file."),
+]
 StateDir = Annotated[Path, typer.Option(help="The server's state directory.")]
 Key = Annotated[Path | None, typer.Option(metavar="FILE", help="The submitter's key: 64 hex digits, mode 0600.")]
 Every = Annotated[float, typer.Option(min=0, help="Seconds between anchors.")]
@@ -34,7 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 
 def anchor(
-    deployment: Deployment,
+    deployment: DeploymentFile,
     state_dir: StateDir = Path("var"),
     key: Key = None,
     every: Every = _POLICY_EVERY,
@@ -46,7 +49,7 @@ def anchor(
 ) -> None:
     """Anchor the receipt log's signed checkpoints on the chain, until SIGTERM or Ctrl-C.
 
-    Exits 7 if --once can't get on, 9 at another chain than the deployment's, 12 if the log is not what was anchored of it.
+    Exits 7 if --once can't get on, 9 at another chain than the deployment's, 12 at a log that is not what was anchored.
     """
     from .fees import GWEI, FeePolicy
     from .service import AnchorJob, run
