@@ -10,8 +10,11 @@ from typing import Any
 
 from openlora.attribution.blobs import terms_blob
 from openlora.attribution.card import Card, parse_card
+from openlora.attribution.checkpointer import Checkpointer
 from openlora.attribution.commitments import output_commitment, prompt_commitment
 from openlora.attribution.journal import IntentFrame, Journal, JournalReader
+from openlora.attribution.log import ReceiptLog
+from openlora.attribution.projection import Projector
 
 ALICE = "0x7E5F4552091A69125d5DfCb7b8C2659029395Bdf"
 BOB = "0x2B5AD5c4795c026514f8317c7a215E218DcCD6cF"
@@ -125,3 +128,21 @@ def python_environment(**changes: str) -> dict[str, str]:
 
 def read_frames(directory: Path, kind: type | tuple[type, ...]) -> list[Any]:
     return [entry.frame for entry in JournalReader(directory).read() if isinstance(entry.frame, kind)]
+
+
+def serve_receipts(state: Path, *numbers: int, checkpointed: bool = True, **changes: Any) -> None:
+    """What a server does with requests `numbers`: journal, receipts, and a checkpoint at the end."""
+    acknowledged = Acknowledgements()
+    callbacks = (acknowledged.on_durable, acknowledged.on_error)
+    with Journal.open(state / "journal") as journal, ReceiptLog.open(state) as log:
+        journal.append([make_intent(number, **changes) for number in numbers], *callbacks)
+        for number in numbers:
+            journal.append_completion(request_id(number), 1, 5, commit_of(number, "text"), 1_800_000_000, *callbacks)
+        acknowledged.wait(len(numbers) + 1)
+        if acknowledged.errors:
+            raise acknowledged.errors[0]
+        projector = Projector(state / "journal", log)
+        while projector.project():
+            pass
+        if checkpointed:
+            Checkpointer(log).sign_due(now=True)

@@ -13,6 +13,7 @@ from .adapters.commands import adapters_app
 from .adapters.routes_commands import routes_app
 from .attribution.commands import receipts_app
 from .attribution.settlement.commands import settle_app
+from .attribution.witness_commands import witness_app
 from .bench.command import bench
 from .errors import OpenLoRAError
 from .network.anchor.command import anchor
@@ -41,6 +42,7 @@ app.add_typer(receipts_app, name="receipts")
 app.add_typer(settle_app, name="settle")
 app.add_typer(keys_app, name="keys")
 app.add_typer(network_app, name="network")
+app.add_typer(witness_app, name="witness")
 
 
 def main() -> None:

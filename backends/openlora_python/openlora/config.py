@@ -103,6 +103,7 @@ class RestartPolicy(_Section):
 
 class AttributionSettings(_Section):
     origin: str = Field(default="localhost/openlora", min_length=1, max_length=128)  # of the receipt log
+    witnesses: tuple[str, ...] = ()  # each "URL vkey"; asked for cosignatures, and about a log that was restored
 
 
 class MetricsSettings(_Section):

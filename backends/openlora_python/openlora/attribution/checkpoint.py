@@ -71,7 +71,7 @@ def parse_checkpoint(note: SignedNote) -> Checkpoint:
         raise ReceiptInvalid("wants the lines origin, size and root, and no others", field="checkpoint")
     root = parse_base64(lines[2], "checkpoint")
     size = int(lines[1])
-    if len(root) != HASH_BYTES or size >= 1 << 63 or (size == 0 and root != EMPTY_ROOT):
+    if len(root) != HASH_BYTES or size >= 1 << 63:
         raise ReceiptInvalid(f"no root of a tree of {size} leaves", field="checkpoint")
     return Checkpoint(lines[0], size, root)
 
@@ -82,6 +82,8 @@ def verify_checkpoint(note: SignedNote | str | bytes, key: LogKey) -> Checkpoint
     checkpoint = parse_checkpoint(note)
     if checkpoint.origin != key.origin:
         raise ReceiptInvalid(f"of {checkpoint.origin!r}, not of {key.origin!r}", field="checkpoint")
+    if checkpoint.size == 0 and checkpoint.root != EMPTY_ROOT:
+        raise ReceiptInvalid("not the root of no leaves", field="checkpoint")
     known = checkpoint_key(key)
     signatures = known.signatures_of(note)
     if not signatures:

@@ -1,25 +1,23 @@
 """Checkpoints of the receipt log: about one a second under traffic, of what is durable in it.
 
-The tree's frontier stays in memory and is made anew from the leaf hashes at the start only. `log/checkpoint` is the newest
-note; a log in a directory that was copied or restored signs none (see `custody`).
+The tree's frontier stays in memory and is made anew from the leaf hashes at the start only. `log/checkpoint` is the
+newest note; a log in a directory that was copied or restored signs none (see `custody`).
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from pathlib import Path
 
+from openlora.attribution.checkpoint import Checkpoint, verify_checkpoint
 from openlora.attribution.frames import sync_directory
 from openlora.attribution.log import ReceiptLog
 from openlora.attribution.merkle_tree import Frontier
-from openlora.errors import Internal
+from openlora.errors import Internal, ReceiptInvalid
 
 SECONDS = 1.0
 """At least this long between two checkpoints."""
-
-logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -39,9 +37,12 @@ class Checkpointer:
         if self._frontier.size < newest.size or self._frontier.root() != newest.root:
             raise Internal(
                 f"the {self._frontier.size} receipts in {log.path} are not those whose checkpoint of {newest.size} it "
-                "signed: receipts were lost or changed. `openlora receipts fsck` says which; restore the file, or close "
-                "the log with `openlora receipts rotate`"
+                "signed: receipts were lost or changed. `openlora receipts fsck` says which; restore the file, or "
+                "close the log with `openlora receipts rotate`"
             )
+        released = released_checkpoint(log)
+        if released is not None and released.size > newest.size:
+            raise Internal(f"{self._file} is of {released.size} receipts, the log in {log.path} signed {newest.size}")
         if log.in_custody:
             release(self._file, newest.note)  # a crash may have come between signing and releasing
 
@@ -65,6 +66,14 @@ class Checkpointer:
     def _take(self, size: int) -> None:
         for leaf_hash in self._log.leaf_hashes(self._frontier.size, size):
             self._frontier.append(leaf_hash)
+
+
+def released_checkpoint(log: ReceiptLog) -> Checkpoint | None:
+    """The newest checkpoint that was released, by its file; None if there is none of this log."""
+    try:
+        return verify_checkpoint((log.path.parent / "checkpoint").read_bytes(), log.key)
+    except (OSError, ReceiptInvalid):
+        return None  # it is written anew from the log
 
 
 def release(path: Path, note: str) -> None:

@@ -1,8 +1,8 @@
 """Which file this is: what a process can know of whether its data directory was copied or restored.
 
-The number of the file and the nanosecond of its birth, within one machine. The device's number is left out: it changes when a
-machine starts again. A file system that keeps no births gives 0, and an image of a whole machine looks like itself:
-only the chain or a witness can tell those.
+The number of the file and the nanosecond of its birth, within one machine. The device's number is left out: it changes
+when a machine starts again. A file system that keeps no births gives 0, and an image of a whole machine looks like
+itself: only the chain or a witness can tell those.
 """
 
 from __future__ import annotations

@@ -165,8 +165,8 @@ class Mark:
     """A position in a small file that one process moves and others read.
 
     `durable`, moved by the journal's writer after each fdatasync, bounds what readers may see: a receipt made from a
-    frame that a power cut takes back could never be taken back itself. `projected`, moved by the receipt log after
-    its own commit, bounds what the writer may erase. Marks are not synced: after a power cut an old one
+    frame that a power cut takes back could never be taken back itself. `projected`, moved by the receipt log when a
+    checkpoint covers what it has, bounds what the writer may erase. Marks are not synced: after a power cut an old one
     only means less is seen or erased until it moves again.
     """
 

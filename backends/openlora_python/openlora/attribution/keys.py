@@ -74,8 +74,13 @@ def _create(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def load_key(path: Path) -> bytes:
-    """The 32 bytes of a key file. Internal: it can't be read, has another form, or others can read it."""
+def load_key(path: Path, *, create: bool = False) -> bytes:
+    """The 32 bytes of a key file; a new one if there is none and `create` says so.
+
+    Internal: it can't be read, can be read by others, or has another form.
+    """
+    if create:
+        _create(path)
     try:
         mode = path.stat().st_mode & 0o777
         content = path.read_bytes()

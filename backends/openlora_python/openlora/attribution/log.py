@@ -88,6 +88,7 @@ class ReceiptLog:
         self._lock_descriptor = lock
         self._hasher = ReceiptHasher(self.key.log_id)
         self._statements = threading.RLock()
+        self._has_checkpoints = version_of(connection) > 0  # a file that is only read may be of an older version
 
     @classmethod
     def open(
@@ -118,7 +119,7 @@ class ReceiptLog:
                 raise Internal(f"the keys in {state_dir / 'keys'} are not those of the log in {path}")
             if origin is not None and not log.key.is_of(origin):
                 raise Internal(f"the log in {path} has the origin {log.key.origin!r}, not {origin!r}")
-            _publish_key(state_dir / "log.pub", log.key)
+            publish_key(state_dir, log.key)
         except BaseException:
             os.close(lock)
             raise
@@ -200,11 +201,9 @@ class ReceiptLog:
 
     def checkpoints(self) -> list[SignedCheckpoint]:
         """The newest checkpoints that were signed, ascending; a log of an older version has none."""
-        with self._statements:
-            if version_of(self._connection) < 1:
-                return []
-            rows = self._query("SELECT size, root, note FROM checkpoints ORDER BY size")
-        return [SignedCheckpoint(*row) for row in rows]
+        if not self._has_checkpoints:
+            return []
+        return [SignedCheckpoint(*row) for row in self._query("SELECT size, root, note FROM checkpoints ORDER BY size")]
 
     def newest_checkpoint(self) -> SignedCheckpoint | None:
         """The last checkpoint that was signed, released or not."""
@@ -247,12 +246,12 @@ class ReceiptLog:
     @property
     def first_completion(self) -> int:
         """The number of the journal's completion that receipt 0 is of: completions count on when a log is closed."""
-        return self._query("SELECT first_completion FROM log")[0][0]
+        return self._query("SELECT first_completion FROM log")[0][0] if self._has_checkpoints else 0
 
     @property
     def successor(self) -> LogKey | None:
         """The log that follows a closed one."""
-        rows = self._query("SELECT successor FROM log")
+        rows = self._query("SELECT successor FROM log") if self._has_checkpoints else [(None,)]
         return LogKey.parse(rows[0][0]) if rows[0][0] is not None else None
 
     def forget_salts(self, seq: int) -> None:
@@ -272,7 +271,7 @@ class ReceiptLog:
     def append(self, new: Iterable[NewReceipt], low_water: Position) -> None:
         """Sign receipts and commit them with the projection's position, all or nothing, durably.
 
-        Internal: a number or request id is there already, or a number is left out.
+        Internal: a number or request id is there already, a number is left out, or the log is closed.
         """
         keys = self._writable()
         receipts, blobs, salts = [], {}, []
@@ -290,7 +289,9 @@ class ReceiptLog:
                 many("INSERT INTO receipts VALUES (?, ?, ?, ?, ?)", receipts)
                 many("INSERT OR IGNORE INTO blobs VALUES (?, ?)", list(blobs.items()))
                 many("INSERT INTO salts VALUES (?, ?, ?)", salts)
-                execute("UPDATE log SET low_segment = ?, low_offset = ?", low_water)
+                sql = "UPDATE log SET low_segment = ?, low_offset = ? WHERE successor IS NULL"
+                if execute(sql, low_water).rowcount != 1:
+                    raise Internal(f"the log in {self.path} is closed")
                 execute("COMMIT")
             except sqlite3.IntegrityError as error:
                 raise Internal(f"the log has a receipt already: {error}") from error
@@ -324,8 +325,8 @@ def _new_key(keys: LogKeys, origin: str | None) -> LogKey:
     return LogKey(origin, keys.signer, keys.checkpoint_public, nonce, ZERO32)
 
 
-def _publish_key(path: Path, key: LogKey) -> None:
+def publish_key(state_dir: Path, key: LogKey) -> None:
     """Write `log.pub` anew at each start: it follows from the log, whatever happened to the file."""
-    draft = path.with_suffix(".pub.new")
+    draft = state_dir / "log.pub.new"
     draft.write_text(key.line + "\n")
-    draft.rename(path)
+    draft.rename(state_dir / "log.pub")

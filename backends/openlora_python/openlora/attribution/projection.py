@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from openlora.attribution.commitments import blob_bytes
 from openlora.attribution.frames import CompletionFrame, IntentFrame, Mark, Position
-from openlora.attribution.log import NewReceipt, ReceiptLog
+from openlora.attribution.log import LoggedReceipt, NewReceipt, ReceiptLog
 from openlora.attribution.reader import JournalReader
 from openlora.attribution.receipt import receipt_from_frames
 from openlora.errors import Internal
@@ -26,6 +27,7 @@ class Projector:
     def __init__(self, journal_directory: Path, log: ReceiptLog) -> None:
         self._directory = journal_directory
         self._log = log
+        self._first_completion = log.first_completion
         self._projected_mark = Mark(journal_directory, "projected")
         self._canonical = _CanonicalBlobs()
         self._rewind()
@@ -44,9 +46,15 @@ class Projector:
         except BaseException:
             self._rewind()
             raise
-        if new:
-            self._projected_mark.publish(self._low_water)
         return range(first, self._next_seq)
+
+    def release(self, checkpointed: int) -> None:
+        """Let the journal erase what is no longer needed, if the first `checkpointed` receipts are all there are.
+
+        Not before: until a checkpoint covers them, journal segments are the other copy of what receipts say.
+        """
+        if checkpointed >= self._log.size():
+            self._projected_mark.publish(self._log.low_water)
 
     @property
     def _low_water(self) -> Position:
@@ -67,11 +75,15 @@ class Projector:
                 self._open[frame.request_id] = (frame, start)
             elif isinstance(frame, CompletionFrame):
                 intent, _ = self._open.pop(frame.request_id, (None, start))
-                if frame.seq < self._next_seq:
+                seq = frame.seq - self._first_completion
+                if seq < 0:
+                    continue  # the log before this one has it
+                frame = replace(frame, seq=seq)
+                if seq < self._next_seq:
                     self._check_logged(frame)
                     continue
-                if intent is None or frame.seq > self._next_seq:
-                    raise Internal(f"the journal has completion {frame.seq}, the log expects {self._next_seq}")
+                if intent is None or seq > self._next_seq:
+                    raise Internal(f"the journal has completion {seq} of this log, which expects {self._next_seq}")
                 unsigned = receipt_from_frames(intent, frame, self._log.key.log_id, self._canonical)
                 new.append(
                     NewReceipt(unsigned.receipt, unsigned.leaf, unsigned.blobs, intent.prompt_salt, intent.output_salt)
@@ -86,10 +98,15 @@ class Projector:
         logged = self._log.get(frame.seq)
         if logged is None:
             raise Internal(f"receipt {frame.seq} is missing in the log")
-        receipt = logged.receipt
-        facts = (receipt.request_id.hex(), receipt.seq, receipt.status, receipt.out_tokens, receipt.output_commit)
-        if CompletionFrame(*facts, receipt.ended_at) != frame:
+        if not agrees(logged, frame):
             raise Internal(f"receipt {frame.seq} is not of the journal's completion: one of them was rolled back")
+
+
+def agrees(logged: LoggedReceipt, frame: CompletionFrame) -> bool:
+    """Whether a receipt is of this completion, whatever numbers the two have."""
+    receipt = logged.receipt
+    facts = (receipt.request_id.hex(), frame.seq, receipt.status, receipt.out_tokens, receipt.output_commit)
+    return CompletionFrame(*facts, receipt.ended_at) == frame
 
 
 class _CanonicalBlobs:

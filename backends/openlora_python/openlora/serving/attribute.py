@@ -18,6 +18,7 @@ from typing import Protocol
 
 import zmq
 
+from ..attribution.checkpointer import Checkpointer
 from ..attribution.log import ReceiptLog
 from ..attribution.projection import Projector
 from ..config import RunConfig
@@ -76,6 +77,8 @@ class AttributionStep:
         self._finals: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._log = ReceiptLog.open(run.state_dir, origin=run.settings.attribution.origin)
         self._projector = Projector(run.journal_dir, self._log)
+        self._checkpointer = Checkpointer(self._log)
+        self._checkpoint_fault = ""
         self._run = run
         self._thread = threading.Thread(target=self._commit, name="receipts", daemon=True)
         self._thread.start()
@@ -147,6 +150,7 @@ class AttributionStep:
         fault = ""
         while True:
             if not self._gather(waiting):
+                self._checkpoint(now=True)
                 self._log.close()
                 return
             before = fault
@@ -155,6 +159,7 @@ class AttributionStep:
                 self._tell(control, Control("log_failed" if fault else "log_ready", reason=fault))
             status.report(ready=not fault, reason=fault)
             waiting = self._answer_ready(waiting)
+            self._checkpoint()
 
     def _gather(self, waiting: list[_Waiting]) -> bool:
         """Wait for a last response, or a while; take all that are there. False when it is time to end."""
@@ -178,13 +183,26 @@ class AttributionStep:
             return f"{type(error).__name__}: {error}"
         return ""
 
+    def _checkpoint(self, *, now: bool = False) -> None:
+        """Sign a checkpoint when it is time. Answers don't wait for one, so a failure is a matter for the log file."""
+        fault = ""
+        try:
+            if self._checkpointer.sign_due(now=now):
+                self._projector.release(self._checkpointer.signed_size)
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+        if fault and fault != self._checkpoint_fault:
+            log.error("no checkpoint: %s", fault)
+        self._checkpoint_fault = fault
+
     def _answer_ready(self, waiting: list[_Waiting]) -> list[_Waiting]:
         """Give each its receipt, with the salts that open its commitments: they leave the log this once."""
-        size = self._log.size() if waiting else 0
+        completed = self._log.first_completion + self._log.size() if waiting else 0
         still = []
         for entry in waiting:
-            if entry.chunk.seq < size:
-                receipt = self._log.receipt_json(entry.chunk.seq, with_salts=True)
+            if entry.chunk.seq < completed:
+                number = entry.chunk.seq - self._log.first_completion
+                receipt = self._log.receipt_json(number, with_salts=True)
                 entry.answer.send_response(entry.chunk, json.dumps(receipt, separators=(",", ":")), first=entry.first)
             elif time.monotonic() < entry.until:
                 still.append(entry)

@@ -1,0 +1,94 @@
+"""Whether a state directory may still sign for its log, and what happens if it may not.
+
+A directory that was restored from a backup does not know what it signed since; of a directory and its copy, both would
+go on. Either way two trees could be signed that contradict each other. So a file that is another than the one that
+signed (see `file_identity`), or that has forgotten a checkpoint that was released, is compared with what others saw of
+the log. Where nobody saw it, the safe way is a new log.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from openlora.attribution.checkpoint import Checkpoint
+from openlora.attribution.checkpointer import Checkpointer, released_checkpoint
+from openlora.attribution.log import ReceiptLog, publish_key
+from openlora.attribution.log_database import lock_log
+from openlora.attribution.log_key import LogKey
+from openlora.attribution.merkle_tree import MerkleTree
+from openlora.attribution.rotation import begin_rotation, finish_rotation
+from openlora.errors import Internal, Unavailable
+
+logger = logging.getLogger(__name__)
+
+Observer = Callable[[LogKey], Checkpoint | None]
+"""Who saw the log's trees: the newest one it knows of, or None if it never saw any. Unavailable: nobody knows now."""
+
+
+class Custody(enum.Enum):
+    """What came of the question."""
+
+    KEPT = "this is the file that signed last"
+    TAKEN = "copied or restored, and it begins with all that others saw of the log: it signs from now on"
+    UNCOMPARED = "copied or restored, and those who could say more do not answer: no checkpoints until the next start"
+    CLOSED = "copied or restored, and not what others saw, or nobody saw it: closed, a new log goes on"
+
+
+def settle_custody(state_dir: Path, observers: Sequence[Observer]) -> Custody:
+    """Before a server starts: compare a log that was copied or restored, and close it where it may not sign again."""
+    if not (state_dir / "log" / "receipts.sqlite").exists():
+        return Custody.KEPT
+    with closing(ReceiptLog.open(state_dir)) as log:
+        released = released_checkpoint(log)
+        newest = log.newest_checkpoint()
+        forgotten = released is not None and (newest is None or released.size > newest.size)
+        if log.in_custody and not forgotten:
+            return Custody.KEPT
+        custody, known = (Custody.CLOSED, released.size) if forgotten else _compare(log, observers)
+        if custody is Custody.TAKEN:
+            log.take_custody()
+    if custody is Custody.CLOSED:
+        rotate(state_dir, known)
+    logger.warning("the receipt log in %s was %s", state_dir, custody.value)
+    return custody
+
+
+def rotate(state_dir: Path, known: int = 0) -> LogKey:
+    """Close the log with a last checkpoint, if it may sign, and open the one that follows; the new one's key.
+
+    `known`: see `begin_rotation`. Unavailable: a server runs on it.
+    """
+    with closing(ReceiptLog.open(state_dir, wait=False)) as log:
+        if log.in_custody:
+            try:
+                Checkpointer(log).sign_due(now=True)
+            except Internal as error:
+                logger.warning("closed without a last checkpoint: %s", error)
+    lock = lock_log(state_dir / "log", wait=False)
+    with open(lock, "rb", closefd=True):
+        key = begin_rotation(state_dir, known)
+        finish_rotation(state_dir)
+        publish_key(state_dir, key)
+    return key
+
+
+def _compare(log: ReceiptLog, observers: Sequence[Observer]) -> tuple[Custody, int]:
+    """What others saw says, and how many receipts the largest of their trees has."""
+    seen, silent = [], 0
+    for observe in observers:
+        try:
+            seen.append(observe(log.key))
+        except Unavailable as error:
+            logger.warning("nothing to compare the receipt log with: %s", error)
+            silent += 1
+    heads = [one for one in seen if one is not None]
+    tree = MerkleTree(log.leaf_hashes())
+    if any(head.size > tree.size or tree.root(head.size) != head.root for head in heads):
+        return Custody.CLOSED, max(head.size for head in heads)
+    if silent:
+        return Custody.UNCOMPARED, 0
+    return Custody.TAKEN if heads else Custody.CLOSED, 0

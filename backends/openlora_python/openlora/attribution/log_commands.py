@@ -1,0 +1,85 @@
+"""`openlora receipts export | fsck | rotate`: a whole log, for others, for the doubtful, and for its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from openlora.attribution.custody import rotate as close_and_follow
+from openlora.attribution.export import LogExport, write_export
+from openlora.attribution.fsck import check_export, check_log
+from openlora.attribution.log import ReceiptLog
+from openlora.attribution.rotation import closed_directory
+from openlora.command_errors import reported
+from openlora.errors import InvalidArgument
+
+StateDir = Annotated[Path, typer.Option(help="The server's state directory, or one below its `closed`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made, or brought up to date.")],
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Write everything that others need to check and to settle the log, up to its newest checkpoint. No salts."""
+    with reported(), closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+        with _progress("exporting") as progress:
+            size = write_export(log, directory, progress)
+        facts = {"log": log.key.log_id.hex(), "receipts": size, "directory": str(directory)}
+    typer.echo(json.dumps(facts) if as_json else f"{size} receipts of log {facts['log'][:16]}… in {directory}")
+
+
+def fsck(
+    exported: Annotated[Path | None, typer.Option("--export", metavar="DIR", help="An export, instead.")] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Recompute everything from the raw leaves; print what is wrong and exit 1 if something is."""
+    with reported(), _progress("checking") as progress:
+        if exported is not None:
+            read = LogExport(exported)
+            size, faults = read.size, list(check_export(read, progress))
+        else:
+            with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+                faults = list(check_log(log, state_dir / "journal", progress))
+                size = log.size()
+    if as_json:
+        typer.echo(json.dumps({"receipts": size, "faults": faults}))
+    else:
+        for fault in faults:
+            typer.echo(fault)
+        typer.echo(f"{size} receipts, {len(faults)} faults")
+    if faults:
+        raise typer.Exit(1)
+
+
+def rotate(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
+    """Close the log and open one that names it as its predecessor. The server must be stopped."""
+    with reported():
+        if not (state_dir / "log" / "receipts.sqlite").exists():
+            raise InvalidArgument(f"no receipt log in {state_dir}", field="state-dir")
+        with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+            old = log.key
+        new = close_and_follow(state_dir)
+    closed = closed_directory(state_dir, old)
+    if as_json:
+        typer.echo(json.dumps({"closed": str(closed), "log": new.line}))
+    else:
+        typer.echo(f"closed: {closed}\nnow: {new.line}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where somebody looks at it."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
