@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openlora.attribution.chain_check import ChainCheck, anchored_head
+from openlora.attribution.custody import Custody, settle_custody
 from openlora.attribution.log import ReceiptLog
 from openlora.errors import Internal, LogConflict, ReceiptInvalid, Unavailable
 from openlora.network.anchor.fees import GWEI, FeePolicy, Fees, check_replacement
@@ -220,3 +221,19 @@ def test_the_fee_cap_is_the_operators(case: AnchorCase) -> None:
     report = case.step()
     assert report.phase is Phase.BLOCKED and "cap of 1000000 wei" in report.message
     assert case.rows() == [] and case.account == SUBMITTER
+
+
+def test_a_copy_may_sign_only_what_continues_the_chain(case: AnchorCase, tmp_path: Path) -> None:
+    case.serve(4)
+    older = shutil.copytree(case.state, tmp_path / "older")
+    case.serve(4)
+    case.step()
+    case.step()
+    whole = shutil.copytree(case.state, tmp_path / "whole")
+    for copy in (older, whole):
+        assert settle_custody(copy, [anchored_head(copy)]) is Custody.UNCOMPARED
+    with pytest.raises(LogConflict):
+        AnchorCase(case.chain, case.deployment, older).step()
+    AnchorCase(case.chain, case.deployment, whole).step()
+    assert settle_custody(older, [anchored_head(older)]) is Custody.CLOSED
+    assert settle_custody(whole, [anchored_head(whole)]) is Custody.TAKEN
