@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo serve test soak bench bench-peers clean
+.PHONY: setup chain-tools contracts contracts-audit demo serve test soak bench bench-peers clean
 
 KERNELS := backends/openlora_python/openlora/engine/kernels
 
@@ -19,6 +19,24 @@ $(VENV)/installed: requirements.lock pyproject.toml build_scripts/setup.sh
 $(KERNELS)/native.so: $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) $(KERNELS)/build.py $(VENV)/installed
 	$(BIN)/python -m openlora.engine.kernels.build || echo "setup: without native kernels" >&2
 
+# Compiler, local chain and test runner of the contracts, from npm.
+chain-tools: contracts/node_modules/installed
+
+contracts/node_modules/installed: contracts/package.json contracts/package-lock.json build_scripts/chain_tools.sh
+	bash build_scripts/chain_tools.sh
+
+contracts: chain-tools
+	cd contracts && node build.mjs && npx --no-install forge test
+
+# Static analysis, in an environment of its own: its pins exclude ours.
+contracts-audit: chain-tools .venv-slither/installed
+	cd contracts && PATH="$(CURDIR)/contracts/node_modules/.bin:$$PATH" ../.venv-slither/bin/slither .
+
+.venv-slither/installed: contracts/slither-requirements.txt
+	$(PYTHON) -m venv .venv-slither
+	.venv-slither/bin/python -m pip --disable-pip-version-check install --quiet --no-input --requirement $<
+	touch $@
+
 demo: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python build_scripts/run_demo.py
@@ -27,13 +45,13 @@ serve: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/openlora serve --model var/demo/model --adapters var/demo/adapters
 
-test: setup
+test: setup chain-tools
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python build_scripts/get_perf_analyzer.py --out var/tools
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not soak"
 
-soak: setup
+soak: setup chain-tools
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python -m pytest -m soak -s
 
@@ -47,4 +65,4 @@ bench-peers: setup
 	$(BIN)/python benchmarks/peers/run.py --json var/peers.jsonl
 
 clean:
-	rm -rf $(VENV) var
+	rm -rf $(VENV) .venv-slither var contracts/node_modules contracts/out contracts/cache
