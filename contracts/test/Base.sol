@@ -31,6 +31,10 @@ abstract contract Base {
         require(holds, "does not hold");
     }
 
+    function bound(uint256 value, uint256 most) internal pure returns (uint256) {
+        return value % (most + 1);
+    }
+
     function keyOf(string memory name) internal pure returns (uint256) {
         return uint256(keccak256(bytes(name)));
     }
@@ -108,7 +112,7 @@ abstract contract RewardsBase is Base {
     address internal alice = person("alice");
     address internal bob = person("bob");
 
-    function setUp() public virtual {
+    function arrange() internal {
         VM.warp(1_800_000_000);
         log = new AttributionLog();
         token = new RewardToken(address(this));

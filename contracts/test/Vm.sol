@@ -3,12 +3,6 @@ pragma solidity 0.8.37;
 
 /// @dev The cheat codes of forge that these tests use.
 interface Vm {
-    struct Log {
-        bytes32[] topics;
-        bytes data;
-        address emitter;
-    }
-
     function addr(uint256 key) external pure returns (address);
     function assume(bool condition) external pure;
     function sign(uint256 key, bytes32 digest) external pure returns (uint8 v, bytes32 r, bytes32 s);
@@ -16,12 +10,13 @@ interface Vm {
     function startPrank(address sender) external;
     function stopPrank() external;
     function warp(uint256 timestamp) external;
+    function snapshotState() external returns (uint256 id);
+    function revertToState(uint256 id) external returns (bool success);
     function chainId(uint256 id) external;
+    function expectRevert() external;
     function expectRevert(bytes calldata data) external;
     function expectRevert(bytes4 selector) external;
     function expectEmit(address emitter) external;
-    function recordLogs() external;
-    function getRecordedLogs() external returns (Log[] memory);
     function readFile(string calldata path) external view returns (string memory);
     function parseJsonKeys(string calldata json, string calldata path) external pure returns (string[] memory);
     function parseJsonString(string calldata json, string calldata path) external pure returns (string memory);
@@ -32,16 +27,7 @@ interface Vm {
     function parseJsonBytes(string calldata json, string calldata path) external pure returns (bytes memory);
     function parseJsonAddress(string calldata json, string calldata path) external pure returns (address);
     function parseJsonBool(string calldata json, string calldata path) external pure returns (bool);
-    function keyExistsJson(string calldata json, string calldata path) external pure returns (bool);
-    function parseBytes32(string calldata text) external pure returns (bytes32);
-    function parseBytes(string calldata text) external pure returns (bytes memory);
     function toString(uint256 number) external pure returns (string memory);
-    function snapshotGasLastCall(string calldata group, string calldata name) external returns (uint256 gas);
-    function snapshotValue(string calldata group, string calldata name, uint256 value) external;
-    function lastCallGas() external view returns (uint64 limit, uint64 total, uint64 memory_, int64 refunded, uint64 left);
-    function store(address target, bytes32 slot, bytes32 value) external;
-    function load(address target, bytes32 slot) external view returns (bytes32);
-    function bound(uint256 value, uint256 least, uint256 most) external pure returns (uint256);
 }
 
 Vm constant VM = Vm(address(uint160(uint256(keccak256("hevm cheat code")))));
