@@ -31,6 +31,8 @@ contract AttributionLog is IAttributionLog, EIP712 {
         if (payee == address(0)) revert ZeroPayee();
         bytes32 digest =
             _hashTypedDataV4(keccak256(abi.encode(REGISTRATION_TYPE_HASH, logId, msg.sender, submitter, payee)));
+        // The third value only explains the fault.
+        // slither-disable-next-line unused-return
         (address signer, ECDSA.RecoverError fault,) = ECDSA.tryRecoverCalldata(digest, signature);
         if (fault != ECDSA.RecoverError.NoError || signer != init.signer) revert InvalidRegistrationSignature();
 

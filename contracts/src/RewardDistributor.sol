@@ -62,6 +62,8 @@ contract RewardDistributor is IRewardDistributor, AccessControlDefaultAdminRules
     bytes32 private _root;
     bytes32 private _pendingHash;
     Proposal private _proposal;
+    // Written through storage pointers, which the detector does not follow.
+    // slither-disable-next-line uninitialized-state
     mapping(bytes32 logId => LogAccount) private _logs;
     mapping(address account => uint256) private _claimed;
 
@@ -76,14 +78,10 @@ contract RewardDistributor is IRewardDistributor, AccessControlDefaultAdminRules
     /// @param delay_ seconds between a proposal and its acceptance, at least
     /// @param epochCap_ what one epoch may add to the total, at most
     /// @param threshold_ how many attestations an epoch needs
-    constructor(
-        IERC20 token_,
-        IAttributionLog log,
-        address admin,
-        uint64 delay_,
-        uint128 epochCap_,
-        uint8 threshold_
-    ) AccessControlDefaultAdminRules(SafeCast.toUint48(delay_), admin) EIP712("OpenLoRA Rewards", "1") {
+    constructor(IERC20 token_, IAttributionLog log, address admin, uint64 delay_, uint128 epochCap_, uint8 threshold_)
+        AccessControlDefaultAdminRules(SafeCast.toUint48(delay_), admin)
+        EIP712("OpenLoRA Rewards", "1")
+    {
         if (delay_ == 0 || epochCap_ == 0 || threshold_ == 0) revert ZeroParameter();
         TOKEN = token_;
         LOG = log;
@@ -178,8 +176,7 @@ contract RewardDistributor is IRewardDistributor, AccessControlDefaultAdminRules
     function claim(address account, uint256 cumulative, bytes32[] calldata proof) external nonReentrant {
         Totals memory sums = _totals;
         if (sums.paused) revert IsPaused();
-        bytes32 leaf =
-            keccak256(bytes.concat(keccak256(abi.encode(block.chainid, address(this), account, cumulative))));
+        bytes32 leaf = keccak256(bytes.concat(keccak256(abi.encode(block.chainid, address(this), account, cumulative))));
         if (!MerkleProof.verifyCalldata(proof, _root, leaf)) revert InvalidProof();
         uint256 before = _claimed[account];
         if (cumulative <= before) revert NothingToClaim(cumulative, before);
@@ -288,7 +285,8 @@ contract RewardDistributor is IRewardDistributor, AccessControlDefaultAdminRules
                 revert WrongStart(logId, allocation.from, account.settledSize);
             }
             if (allocation.to <= allocation.from) revert EmptyRange(logId, allocation.from, allocation.to);
-            (uint64 size,,) = LOG.headOf(logId);
+            // slither-disable-next-line unused-return
+            (uint64 size,,) = LOG.headOf(logId); // only the size is needed
             if (allocation.to > size) revert NotAnchored(logId, allocation.to, size);
             if (allocation.amount > account.deposit) {
                 revert InsufficientDeposit(logId, allocation.amount, account.deposit);
@@ -298,13 +296,15 @@ contract RewardDistributor is IRewardDistributor, AccessControlDefaultAdminRules
         if (sum > EPOCH_CAP) revert EpochCapExceeded(sum, EPOCH_CAP);
         uint256 expected = _totals.total + sum;
         if (total != expected) revert WrongTotal(total, expected);
-        total.toUint120();
+        if (total > type(uint120).max) revert TotalTooLarge(total, type(uint120).max);
     }
 
     function _checkAttestations(bytes32 digest, address proposer, bytes[] calldata signatures) private view {
         if (signatures.length < THRESHOLD) revert TooFewSignatures(signatures.length, THRESHOLD);
         address previous = address(0);
         for (uint256 i = 0; i < signatures.length; ++i) {
+            // The third value only explains the fault.
+            // slither-disable-next-line unused-return
             (address signer, ECDSA.RecoverError fault,) = ECDSA.tryRecoverCalldata(digest, signatures[i]);
             if (fault != ECDSA.RecoverError.NoError) revert InvalidSignature(i);
             if (signer <= previous) revert SignersNotAscending(previous, signer);

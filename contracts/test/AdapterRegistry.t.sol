@@ -185,7 +185,9 @@ contract AdapterRegistryTest is Base {
         letPublish(stranger);
         VM.prank(admin);
         registry.revokeRole(role, stranger);
-        VM.expectRevert(abi.encodeWithSelector(IAccessControl.AccessControlUnauthorizedAccount.selector, stranger, role));
+        VM.expectRevert(
+            abi.encodeWithSelector(IAccessControl.AccessControlUnauthorizedAccount.selector, stranger, role)
+        );
         VM.prank(stranger);
         registry.publishParameters("[1]");
     }

@@ -29,7 +29,12 @@ contract AttributionLogTest is Base {
     function test_log_id_is_the_hash_of_seven_words() public view {
         IAttributionLog.LogInit memory init = initOf("one");
         bytes memory words = abi.encodePacked(
-            uint256(0x0301), bytes32(0), init.originHash, uint256(uint160(init.signer)), init.checkpointKey, init.nonce,
+            uint256(0x0301),
+            bytes32(0),
+            init.originHash,
+            uint256(uint160(init.signer)),
+            init.checkpointKey,
+            init.nonce,
             init.predecessor
         );
         assertEq(log.logIdOf(init), sha256(words));
@@ -86,7 +91,9 @@ contract AttributionLogTest is Base {
         bytes32 higher = bytes32(CURVE_ORDER - uint256(s));
         expectRefused(init, owner, submitter, payee, abi.encodePacked(r, higher, v == 27 ? uint8(28) : uint8(27)));
         expectRefused(init, owner, submitter, payee, abi.encodePacked(r, s, v - 27));
-        expectRefused(init, owner, submitter, payee, abi.encodePacked(r, bytes32(uint256(s) | (uint256(v - 27) << 255))));
+        expectRefused(
+            init, owner, submitter, payee, abi.encodePacked(r, bytes32(uint256(s) | (uint256(v - 27) << 255)))
+        );
         expectRefused(init, owner, submitter, payee, "");
         expectRefused(init, owner, submitter, payee, abi.encodePacked(r, s, v, uint8(0)));
     }

@@ -16,7 +16,9 @@ abstract contract Base {
         keccak256("Registration(bytes32 logId,address owner,address submitter,address payee)");
 
     function assertEq(bytes32 got, bytes32 expected) internal pure {
-        require(got == expected, string.concat("differs: ", VM.toString(uint256(got)), " ", VM.toString(uint256(expected))));
+        require(
+            got == expected, string.concat("differs: ", VM.toString(uint256(got)), " ", VM.toString(uint256(expected)))
+        );
     }
 
     function assertEq(uint256 got, uint256 expected) internal pure {
@@ -134,7 +136,9 @@ abstract contract RewardsBase is Base {
         VM.startPrank(admin);
         made.grantRole(made.PUBLISHER_ROLE(), publisher);
         made.grantRole(made.GUARDIAN_ROLE(), guardian);
-        for (uint256 i = 0; i < 3; ++i) made.grantRole(made.ATTESTOR_ROLE(), attestor(i));
+        for (uint256 i = 0; i < 3; ++i) {
+            made.grantRole(made.ATTESTOR_ROLE(), attestor(i));
+        }
         VM.stopPrank();
     }
 
@@ -192,7 +196,9 @@ abstract contract RewardsBase is Base {
     function attestations(uint256 count) internal view returns (bytes[] memory signatures) {
         (bytes32 digest,) = rewards.pending();
         signatures = new bytes[](count);
-        for (uint256 i = 0; i < count; ++i) signatures[i] = signed(attestorKey(i), digest);
+        for (uint256 i = 0; i < count; ++i) {
+            signatures[i] = signed(attestorKey(i), digest);
+        }
     }
 
     function propose(bytes32 root, uint256 total, IRewardDistributor.Allocation[] memory allocations) internal {
@@ -202,7 +208,9 @@ abstract contract RewardsBase is Base {
 
     function settle(bytes32 root, IRewardDistributor.Allocation[] memory allocations) internal {
         (uint256 total,,) = rewards.totals();
-        for (uint256 i = 0; i < allocations.length; ++i) total += allocations[i].amount;
+        for (uint256 i = 0; i < allocations.length; ++i) {
+            total += allocations[i].amount;
+        }
         propose(root, total, allocations);
         skip(DELAY);
         rewards.accept(rewards.epoch(), root, total, allocations, attestations(2));

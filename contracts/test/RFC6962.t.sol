@@ -145,12 +145,16 @@ contract RFC6962Test is Base {
     }
 
     function split(uint64 size) private pure returns (uint64 power) {
-        for (power = 1; power * 2 < size;) power *= 2;
+        for (power = 1; power * 2 < size;) {
+            power *= 2;
+        }
     }
 
     function append(bytes32[] memory hashes, bytes32 hash) private pure returns (bytes32[] memory longer) {
         longer = new bytes32[](hashes.length + 1);
-        for (uint256 i = 0; i < hashes.length; ++i) longer[i] = hashes[i];
+        for (uint256 i = 0; i < hashes.length; ++i) {
+            longer[i] = hashes[i];
+        }
         longer[hashes.length] = hash;
     }
 

@@ -48,9 +48,7 @@ contract RewardAttacksTest is RewardsBase {
         uint256 before = token.balanceOf(address(rewards));
         propose(thiefRoot(CAP), CAP, only(logA, 0, 100, CAP));
         skip(DELAY * 100);
-        expectAcceptFails(
-            new bytes[](0), abi.encodeWithSelector(IRewardDistributor.TooFewSignatures.selector, 0, 2)
-        );
+        expectAcceptFails(new bytes[](0), abi.encodeWithSelector(IRewardDistributor.TooFewSignatures.selector, 0, 2));
         (bytes32 digest,) = rewards.pending();
         bytes[] memory own = new bytes[](2);
         (own[0], own[1]) = (signed(keyOf("publisher"), digest), signed(keyOf("publisher"), digest));
@@ -64,9 +62,7 @@ contract RewardAttacksTest is RewardsBase {
         grant(rewards.ATTESTOR_ROLE(), publisher);
         propose(thiefRoot(CAP), CAP, only(logA, 0, 100, CAP));
         skip(DELAY);
-        expectAcceptFails(
-            withPublisher(), abi.encodeWithSelector(IRewardDistributor.NotAttestor.selector, publisher)
-        );
+        expectAcceptFails(withPublisher(), abi.encodeWithSelector(IRewardDistributor.NotAttestor.selector, publisher));
     }
 
     /// @dev With both roles: propose, give up PUBLISHER_ROLE, then sign as an attestor.
@@ -77,9 +73,7 @@ contract RewardAttacksTest is RewardsBase {
         VM.prank(publisher);
         rewards.renounceRole(role, publisher);
         skip(DELAY);
-        expectAcceptFails(
-            withPublisher(), abi.encodeWithSelector(IRewardDistributor.NotAttestor.selector, publisher)
-        );
+        expectAcceptFails(withPublisher(), abi.encodeWithSelector(IRewardDistributor.NotAttestor.selector, publisher));
     }
 
     function test_another_publishers_signature_is_no_attestation() public {
@@ -87,15 +81,15 @@ contract RewardAttacksTest is RewardsBase {
         propose(thiefRoot(CAP), CAP, only(logA, 0, 100, CAP));
         skip(DELAY);
         bytes[] memory signatures = attestations(2);
-        expectAcceptFails(
-            signatures, abi.encodeWithSelector(IRewardDistributor.NotAttestor.selector, attestor(1))
-        );
+        expectAcceptFails(signatures, abi.encodeWithSelector(IRewardDistributor.NotAttestor.selector, attestor(1)));
     }
 
     function test_attestors_without_the_publisher_move_no_money() public {
         bytes[] memory signatures = new bytes[](3);
         bytes32 digest = rewards.attestationDigest(1, thiefRoot(CAP), CAP, only(logA, 0, 100, CAP));
-        for (uint256 i = 0; i < 3; ++i) signatures[i] = signed(attestorKey(i), digest);
+        for (uint256 i = 0; i < 3; ++i) {
+            signatures[i] = signed(attestorKey(i), digest);
+        }
         expectAcceptFails(signatures, abi.encodeWithSelector(IRewardDistributor.NoEpochPending.selector));
     }
 
@@ -112,7 +106,11 @@ contract RewardAttacksTest is RewardsBase {
             if (hash != bytes32(0)) {
                 bytes[] memory signatures = attestations(2);
                 try rewards.accept(
-                    rewards.epoch(), thiefRoot(total + CAP), total + CAP, only(logA, settled, settled + 1, CAP), signatures
+                    rewards.epoch(),
+                    thiefRoot(total + CAP),
+                    total + CAP,
+                    only(logA, settled, settled + 1, CAP),
+                    signatures
                 ) {
                     ++settled;
                 } catch {}

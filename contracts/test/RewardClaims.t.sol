@@ -103,7 +103,9 @@ contract RewardClaimsTest is RewardsBase {
 
     function test_proof_too_long_or_short() public {
         bytes32[] memory leaves = new bytes32[](4);
-        for (uint256 i = 0; i < 4; ++i) leaves[i] = RewardTree.leafOf(address(rewards), person(VM.toString(i)), 10 + i);
+        for (uint256 i = 0; i < 4; ++i) {
+            leaves[i] = RewardTree.leafOf(address(rewards), person(VM.toString(i)), 10 + i);
+        }
         settle(RewardTree.rootOf(leaves), only(logA, 0, 10, 100));
         bytes32[] memory proof = RewardTree.proofOf(leaves, 0);
         bytes32[] memory longer = new bytes32[](3);
@@ -127,7 +129,10 @@ contract RewardClaimsTest is RewardsBase {
 
         settle(keccak256(abi.encode(alice, uint256(600))), new IRewardDistributor.Allocation[](0));
         expectInvalid(alice, 600, new bytes32[](0));
-        settle(keccak256(abi.encode(block.chainid, address(rewards), alice, uint256(600))), new IRewardDistributor.Allocation[](0));
+        settle(
+            keccak256(abi.encode(block.chainid, address(rewards), alice, uint256(600))),
+            new IRewardDistributor.Allocation[](0)
+        );
         expectInvalid(alice, 600, new bytes32[](0)); // hashed once
     }
 
@@ -165,9 +170,7 @@ contract RewardClaimsTest is RewardsBase {
     function test_amount_near_the_greatest_integer_is_refused() public {
         settle(rootOf(type(uint256).max, 1), only(logA, 0, 10, 1000));
         bytes32[] memory proof = proofOf(type(uint256).max, 1, 0);
-        VM.expectRevert(
-            abi.encodeWithSelector(IRewardDistributor.TotalExceeded.selector, type(uint256).max, 1000)
-        );
+        VM.expectRevert(abi.encodeWithSelector(IRewardDistributor.TotalExceeded.selector, type(uint256).max, 1000));
         rewards.claim(alice, type(uint256).max, proof);
         rewards.claim(bob, 1, proofOf(type(uint256).max, 1, 1));
         VM.expectRevert(); // the sum of both overflows

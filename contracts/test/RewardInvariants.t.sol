@@ -60,7 +60,9 @@ contract RewardWorld is RewardsBase {
         propose(RewardTree.rootOf(leaves), total, allocations);
         (proposedRoot, proposedTotal, proposedAmounts) = (RewardTree.rootOf(leaves), total, next);
         delete proposed;
-        for (uint256 i = 0; i < 2; ++i) proposed.push(allocations[i]);
+        for (uint256 i = 0; i < 2; ++i) {
+            proposed.push(allocations[i]);
+        }
     }
 
     function accept(uint256 wait, uint256 signers) external {
@@ -92,7 +94,9 @@ contract RewardWorld is RewardsBase {
     function claim(uint256 who, bool honest) external {
         who = bound(who, 2);
         bytes32[] memory leaves = new bytes32[](3);
-        for (uint256 i = 0; i < 3; ++i) leaves[i] = RewardTree.leafOf(address(rewards), accounts[i], amounts[i]);
+        for (uint256 i = 0; i < 3; ++i) {
+            leaves[i] = RewardTree.leafOf(address(rewards), accounts[i], amounts[i]);
+        }
         uint256 had = token.balanceOf(accounts[who]);
         uint256 asked = honest ? amounts[who] : amounts[who] + 1;
         bytes32[] memory proof = RewardTree.proofOf(leaves, who);
@@ -135,7 +139,9 @@ contract RewardInvariants {
 
     /// @dev The world moves: without this, invariants could hold because nothing ever succeeds.
     function test_an_epoch_is_accepted_and_claimed() public {
-        world.proposeNext([uint256(500), 400], [uint64(10), 20], [uint256(300) << 8, uint256(200) << 8, uint256(100) << 8]);
+        world.proposeNext(
+            [uint256(500), 400], [uint64(10), 20], [uint256(300) << 8, uint256(200) << 8, uint256(100) << 8]
+        );
         world.accept(86400, 2);
         world.claim(0, true);
         world.claim(1, true);

@@ -18,7 +18,9 @@ library RewardTree {
         uint256 node = nodes.length - 1;
         while (nodes[node] != leaf) --node;
         uint256 depth = 0;
-        for (uint256 up = node; up > 0; up = (up - 1) / 2) ++depth;
+        for (uint256 up = node; up > 0; up = (up - 1) / 2) {
+            ++depth;
+        }
         proof = new bytes32[](depth);
         for (uint256 i = 0; i < depth; ++i) {
             proof[i] = nodes[node % 2 == 0 ? node - 1 : node + 1];
@@ -35,11 +37,17 @@ library RewardTree {
         bytes32[] memory sorted = new bytes32[](length);
         for (uint256 i = 0; i < length; ++i) {
             uint256 hole = i;
-            for (; hole > 0 && sorted[hole - 1] > leaves[i]; --hole) sorted[hole] = sorted[hole - 1];
+            for (; hole > 0 && sorted[hole - 1] > leaves[i]; --hole) {
+                sorted[hole] = sorted[hole - 1];
+            }
             sorted[hole] = leaves[i];
         }
         nodes = new bytes32[](2 * length - 1);
-        for (uint256 k = 0; k < length; ++k) nodes[2 * length - 2 - k] = sorted[k];
-        for (uint256 i = length - 1; i > 0; --i) nodes[i - 1] = pair(nodes[2 * i - 1], nodes[2 * i]);
+        for (uint256 k = 0; k < length; ++k) {
+            nodes[2 * length - 2 - k] = sorted[k];
+        }
+        for (uint256 i = length - 1; i > 0; --i) {
+            nodes[i - 1] = pair(nodes[2 * i - 1], nodes[2 * i]);
+        }
     }
 }

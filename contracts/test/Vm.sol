@@ -24,9 +24,10 @@ interface Vm {
     function parseJsonUint(string calldata json, string calldata path) external pure returns (uint256);
     function parseJsonBytes32(string calldata json, string calldata path) external pure returns (bytes32);
     function parseJsonBytes32Array(string calldata json, string calldata path) external pure returns (bytes32[] memory);
-    function parseJsonBytes(string calldata json, string calldata path) external pure returns (bytes memory);
     function parseJsonAddress(string calldata json, string calldata path) external pure returns (address);
     function parseJsonBool(string calldata json, string calldata path) external pure returns (bool);
+    function parseBytes(string calldata text) external pure returns (bytes memory);
+    function keyExistsJson(string calldata json, string calldata path) external view returns (bool);
     function toString(uint256 number) external pure returns (string memory);
 }
 

@@ -66,6 +66,8 @@ interface IRewardDistributor {
     error InsufficientDeposit(bytes32 logId, uint256 amount, uint256 deposit);
     /// @notice The total is the one before plus the allocations.
     error WrongTotal(uint256 total, uint256 expected);
+    /// @notice The total has at most 120 bits.
+    error TotalTooLarge(uint256 total, uint256 most);
     /// @notice An epoch adds at most the cap.
     error EpochCapExceeded(uint256 amount, uint256 cap);
     /// @notice This is not the pending proposal.
