@@ -35,14 +35,13 @@ def test_serving_never_waits_for_the_chain(server: LiveServer, tmp_path: Path) -
         register_log(chain, deployment, server.state_dir)
         served = 0
         worker = Running(server.state_dir, "--every", "0")
-        for mode in ("500", "garbage", "hang", "500"):
+        for mode in ("500", "garbage", "hang"):
             faulty.mode = mode
             for _ in range(3):
                 client.generate("Tell me about the cat.", "cat", max_tokens=4)
             served += 3
             wait_for(f"{served} receipts", lambda wanted=served: log_size(server) >= wanted or None)
-            if mode != "hang":
-                worker.wait_for(lambda report: report["phase"] == "unreachable")
+            worker.wait_for(lambda report: report["phase"] == "unreachable")  # each in other words
         faulty.mode = "pass"
         worker.wait_for(lambda report, all_of_them=served: report["final_size"] == all_of_them)
         assert worker.stop() == 0

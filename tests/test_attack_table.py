@@ -21,7 +21,7 @@ NAMED = sorted({found.groups() for row in ROWS for found in _TEST.finditer(row["
 
 
 @cache
-def tests_in(file: str) -> frozenset[str]:
+def named_in(file: str) -> frozenset[str]:
     """The names of a file's tests; those of the long runs alone don't count."""
     text = (ROOT / file).read_text()
     if file.endswith(".sol"):
@@ -50,4 +50,4 @@ def test_an_attack_has_a_test_or_a_reason(row: re.Match[str]) -> None:
 @pytest.mark.parametrize(("file", "name"), NAMED)
 def test_a_named_test_is_there(file: str, name: str) -> None:
     assert (ROOT / file).is_file(), f"no file {file}"
-    assert name in tests_in(file), f"{file} has no test {name}"
+    assert name in named_in(file), f"{file} has no test {name}"

@@ -21,7 +21,7 @@ from .worker import AnchorPolicy, AnchorWorker, Phase, Report
 
 POLL_SECONDS = 12.0  # a block of the slowest chain that one would use
 DEVNET_POLL_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 60.0  # between tries at a chain that does not answer
+LONGEST_WAIT = 5  # polls, between tries at a chain that does not answer
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def run(job: AnchorJob, *, once: bool, show: Callable[[Report], None], stopping:
                 return  # its successor is another log, to be registered first
             failures = failures + 1 if report.phase is Phase.UNREACHABLE else 0
             poll = DEVNET_POLL_SECONDS if deployment.is_local_devnet else POLL_SECONDS
-            stopping.wait(min(poll * 2 ** min(failures, 8), LONGEST_WAIT_SECONDS) if failures else poll)
+            stopping.wait(poll * min(2**failures, LONGEST_WAIT))
 
 
 def _redeployed(known: Deployment, file: Path, error: ChainMismatch) -> Deployment:
