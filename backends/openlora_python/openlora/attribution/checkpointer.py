@@ -79,8 +79,8 @@ def released_checkpoint(log: ReceiptLog) -> Checkpoint | None:
 def release(path: Path, note: str) -> None:
     """Put a note where everybody reads it: the old one or the new one is there, never a part."""
     draft = path.with_name(path.name + ".new")
-    with draft.open("w") as file:
-        file.write(note)
+    with draft.open("wb") as file:
+        file.write(note.encode())  # whatever the locale: Triton's stubs run in C's
         file.flush()
         os.fsync(file.fileno())
     draft.chmod(0o644)
