@@ -17,12 +17,13 @@ from openlora.network.anchor.fees import GWEI
 from openlora.network.signer import write_key
 
 SECONDS = 600
+BLOCK_SECONDS = 1
 FAULTS = ("hold", "drop", "reorg", "rollback", "fees", "500", "hang", "garbage", "kill", "foreign")
 
 
 @pytest.fixture
 def chain() -> Iterator[Anvil]:
-    with anvil("--mixed-mining", "--block-time", "1") as one:
+    with anvil("--block-time", str(BLOCK_SECONDS)) as one:
         yield one
 
 
@@ -43,7 +44,7 @@ def test_anchoring_goes_on_whatever_happens(chain: Anvil, tmp_path: Path) -> Non
         served += 3
         fault = choose.choice(FAULTS)
         if fault == "hold":
-            chain.hold()
+            chain.rpc("evm_setIntervalMining", 0)
         elif fault == "drop":
             chain.rpc("anvil_dropAllTransactions")
         elif fault in ("reorg", "rollback") and chain.web3.eth.block_number > deployment.start_block + 20:
@@ -62,7 +63,7 @@ def test_anchoring_goes_on_whatever_happens(chain: Anvil, tmp_path: Path) -> Non
             faulty.mode = fault
         time.sleep(choose.uniform(0.5, 8))  # how long the fault lasts
         faulty.mode = "pass"
-        chain.release()
+        chain.rpc("evm_setIntervalMining", BLOCK_SECONDS)
         print(f"{time.monotonic() - begun:.0f} s, {fault}: {served} receipts")
     chain.rpc("anvil_setNextBlockBaseFeePerGas", hex(GWEI))
     worker.wait_for(lambda report: report["final_size"] == served)
