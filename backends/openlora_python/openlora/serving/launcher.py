@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -386,11 +386,14 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _settle_custody(state_dir: Path, witnesses: Sequence[str]) -> None:
+def _settle_custody(state_dir: Path, settings: Settings) -> None:
     """A receipt log that was copied or restored must not sign what contradicts what it signed before."""
-    clients = [WitnessClient(WitnessAddress.parse(one)) for one in witnesses]
+    clients = [WitnessClient(WitnessAddress.parse(one)) for one in settings.attribution.witnesses]
+    observers = [client.newest for client in clients]
+    if settings.network.deployment is not None:
+        observers.append(anchored_head(state_dir))
     try:
-        settle_custody(state_dir, [client.newest for client in clients])
+        settle_custody(state_dir, observers)
     finally:
         for client in clients:
             client.close()
