@@ -125,7 +125,8 @@ def wait_for_adapters() -> None:
     until = time.monotonic() + WAIT_SECONDS
     wanted = set(names_on_chain().values())
     while True:
-        view = json.loads(openlora("network", "status", "--state-dir", STATE, *on_chain(), "--json", quiet=True))["view"]
+        told = openlora("network", "status", "--state-dir", STATE, *on_chain(), "--json", quiet=True)
+        view = json.loads(told)["view"]
         if view is not None and wanted <= set(view["adapters"]) and view["base_card"]:
             return
         if time.monotonic() > until:

@@ -151,7 +151,8 @@ def test_revoked_and_dearer_for_the_next_request(network: Network) -> None:
     digest = network.publish("brief")
     name, registry = network.named("brief"), network.devnet.contracts.registry
     before = network.until(lambda: network.ask(name))
-    card = {**CARD, "owner": network.devnet.account("owner-1").address, "prices": {"version": 1, "input": 50, "output": 2}}
+    owner = network.devnet.account("owner-1").address
+    card = {**CARD, "owner": owner, "prices": {"version": 1, "input": 50, "output": 2}}
     network.devnet.send("owner-1", registry.publish_terms(bytes.fromhex(digest), terms_of(digest, card)))
     network.devnet.mine(10)
 

@@ -30,6 +30,7 @@ from ..adapters.ingest import sync_directory
 from ..adapters.ingest_worker import IngestResult
 from ..adapters.printable import printable
 from ..adapters.sources import SourceLimits
+from ..attribution.chain_check import anchored_head
 from ..attribution.custody import settle_custody
 from ..attribution.witness_client import WitnessAddress, WitnessClient
 from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
@@ -66,7 +67,7 @@ class Launcher:
         self._install = find_tritonserver()
         if settings.network.deployment is not None:
             Deployment.load(settings.network.deployment)  # says so here if it can't be one
-        _settle_custody(self._state.root, settings.attribution.witnesses)
+        _settle_custody(self._state.root, settings)
         self._run = self._make_run(settings)
         self._run.save()
         self._base = BaseFacts(str(self._run.base.path), self._run.base.digest, settings.engine.max_rank)
