@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chain import Devnet
 from live_server import LiveServer, key_digest
 from make_demo import ensure_demo
 
@@ -81,3 +82,13 @@ def server(demo: Path, demo_adapters: list[str], tmp_path_factory: pytest.TempPa
         yield live.start()
     finally:
         live.stop()
+
+
+@pytest.fixture(scope="session")
+def devnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devnet]:
+    """One chain for many tests: each registers models of its own."""
+    chain = Devnet(tmp_path_factory.mktemp("devnet"))
+    try:
+        yield chain.start()
+    finally:
+        chain.stop()

@@ -303,7 +303,7 @@ def test_a_lookup_is_one_query_however_much_there_is(catalog, reader):
     reader._connection.set_trace_callback(None)
     (statement,) = statements
     plan = [row[3] for row in catalog._connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
-    assert len(plan) == 3
+    assert len(plan) == 4
     assert all(step.startswith("SEARCH ") for step in plan)
 
 
@@ -363,3 +363,22 @@ def test_names(catalog):
     for bad in ("", ".", "..", "-a", "a/b", "a b", "é", "x" * 129, "a\n", "base"):
         with pytest.raises(InvalidArgument):
             check_name(bad)
+
+
+def test_opening_the_catalog_again_takes_no_locks_away(path):
+    """The last connection to go removes the log; one that is wrongly taken for the last loses others' changes."""
+    put = (
+        "import pathlib, sys; from openlora.adapters.catalog import AdapterRecord, Catalog\n"
+        "with Catalog(pathlib.Path(sys.argv[1])) as other:\n"
+        "    other.put(AdapterRecord(sys.argv[2], 0, 'ab' * 32, 4, 'ready', '', None))\n"
+    )
+    with Catalog(path) as first:
+        for name in ("theirs-1", "theirs-2"):
+            with Catalog(path):
+                pass
+            subprocess.run([sys.executable, "-c", put, str(path), name], check=True)
+            assert first.current(name, "") is not None
+            first.put(a_record(f"after-{name}"))
+    reader = CatalogReader(path)
+    assert reader.names() == ["after-theirs-1", "after-theirs-2", "theirs-1", "theirs-2"]
+    reader.close()

@@ -225,8 +225,8 @@ def test_blobs_are_made_from_what_the_engine_and_the_cards_say() -> None:
     assert adapters_blob(uses) == {"adapters": [{"digest": FRENCH, "weight": 500_000}], "method": "cat"}
     blob = terms_blob((BASE, None), [(FRENCH, card())])
     check_blobs(BASE, runtime_blob(info), adapters_blob(uses), blob)
-    nobody = {"digest": BASE, "owner": "0x" + "00" * 20, "input": 0, "output": 0, "datasets": []}
-    assert (blob["price_version"], blob["parameters"], blob["base"]) == (1, "0" * 64, nobody)
+    nobody = {"digest": BASE, "owner": "0x" + "00" * 20, "input": "0", "output": "0", "datasets": []}
+    assert (blob["price_version"], blob["parameters"], blob["base"]) == (2, "0" * 64, nobody)
     (dataset,) = blob["adapters"][0]["datasets"]
     assert dataset["contributors"] == [{"address": ALICE, "ppm": 250_000}, {"address": BOB, "ppm": 750_000}]
     assert check_blobs(BASE, runtime_blob(info), adapters_blob([]), terms_blob((BASE, None), [])).adapters == []
@@ -245,7 +245,10 @@ def test_cards_are_whole_and_paid_to_real_addresses() -> None:
         (["schema"], 2, "schema"),
         (["licence"], "", "licence"),
         (["prices", "input"], 1.0, "prices.input"),
-        (["prices", "input"], 2**53, "prices.input"),
+        (["prices", "input"], 2**53, "less than 2"),
+        (["prices", "input"], "01", "without leading zeros"),
+        (["prices", "input"], "1e3", "not a whole number"),
+        (["prices", "input"], str(10**30 + 1), "at most 10"),
         (["prices", "output"], -1, "prices.output"),
         (["datasets", 0, "share_ppm"], 999_999, "add up to 999999"),
         (["datasets", 0, "digest"], "DA" * 32, "digest"),

@@ -15,6 +15,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from openlora.config import RunConfig
 from openlora.errors import AdapterNotFound, Unavailable
 from openlora.serving.access import ANONYMOUS, AccessPolicy
+from openlora.serving.chain import served_chain
 from openlora.serving.signed_login import is_login_token
 from openlora_client import AsyncOpenLoRAClient
 
@@ -43,8 +44,9 @@ def create_app(run: RunConfig) -> FastAPI:
     """The gateway of one run of the server."""
     settings = run.settings
     host = _ANY_ADDRESS.get(settings.host, settings.host)
-    policy = AccessPolicy(run)
-    models = ModelList(run, policy)
+    chain = served_chain(run)
+    policy = AccessPolicy(run, None if chain is None else chain.holdings)
+    models = ModelList(run, policy, chain)
     groups = GroupList(run)
     template = ChatTemplate(run.base.path, run.base.max_model_len, settings.limits.max_tokens)
     client = AsyncOpenLoRAClient(f"{host}:{settings.grpc_port}")

@@ -7,9 +7,11 @@ import time
 from typing import Any
 
 from openlora.adapters.catalog import AdapterFilter, AdapterRecord, CatalogReader
+from openlora.adapters.chain_view import CHAIN_ORIGIN
 from openlora.config import RunConfig
 from openlora.errors import AdapterNotFound
 from openlora.serving.access import AccessPolicy
+from openlora.serving.chain import ServedChain
 
 from .translate import BASE
 
@@ -19,8 +21,9 @@ NO_OWNER = "openlora"  # of models without a card
 class ModelList:
     """Reads the catalog, which a running server's adapters come from."""
 
-    def __init__(self, run: RunConfig, policy: AccessPolicy) -> None:
+    def __init__(self, run: RunConfig, policy: AccessPolicy, chain: ServedChain | None = None) -> None:
         self._run = run
+        self._chain = chain
         self._policy = policy
         self._started = int(time.time())
         self._catalog: CatalogReader | None = None  # opened when first asked for: it may still be in the making
@@ -32,7 +35,7 @@ class ModelList:
             Unavailable: there is no catalog yet.
         """
         ready = self._reader().page(AdapterFilter(status="ready", current=True)).records
-        allowed = [record for record in ready if self._policy.allows(caller, record)]
+        allowed = [record for record in ready if self._may_use(caller, record)]
         return [self._base(), *(self._adapter(record) for record in allowed)]
 
     def entry(self, caller: str, name: str) -> dict[str, Any]:
@@ -45,9 +48,16 @@ class ModelList:
             return self._base()
         with contextlib.suppress(AdapterNotFound):  # what is forbidden and what is unknown get the same words
             record = self._reader().find(name)
-            if record.status == "ready" and self._policy.allows(caller, record):
+            if record.status == "ready" and self._may_use(caller, record):
                 return self._adapter(record)
         raise AdapterNotFound(f"no adapter {name!r:.140}")
+
+    def _may_use(self, caller: str, record: AdapterRecord) -> bool:
+        if record.origin == CHAIN_ORIGIN:
+            reader = self._reader()
+            if self._chain is None or not self._chain.grants(self._chain.view(reader)):
+                return False
+        return self._policy.allows(caller, record)
 
     def _reader(self) -> CatalogReader:
         if self._catalog is None:

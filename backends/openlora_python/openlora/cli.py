@@ -12,9 +12,12 @@ from rich.logging import RichHandler
 from .adapters.commands import adapters_app
 from .adapters.routes_commands import routes_app
 from .attribution.commands import receipts_app
+from .attribution.settlement.commands import settle_app
 from .attribution.witness_commands import witness_app
 from .bench.command import bench
 from .errors import OpenLoRAError
+from .network.commands import network_app
+from .network.devnet_command import devnet
 from .serving.generate_command import generate
 from .serving.keys_command import keys_app
 from .serving.serve_command import serve, stop
@@ -30,10 +33,13 @@ app.command()(serve)
 app.command()(stop)
 app.command()(generate)
 app.command()(bench)
+app.command()(devnet)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")
+app.add_typer(settle_app, name="settle")
 app.add_typer(keys_app, name="keys")
+app.add_typer(network_app, name="network")
 app.add_typer(witness_app, name="witness")
 
 

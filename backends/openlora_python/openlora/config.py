@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,7 +21,7 @@ from pydantic_settings import (
 )
 
 from .errors import InvalidArgument
-from .serving.access_rule import AccessRule
+from .serving.access_rule import AccessRule, chain_address
 
 RUN_DIR_VARIABLE = "OPENLORA_RUN_DIR"
 
@@ -111,6 +111,14 @@ class MetricsSettings(_Section):
     adapter_labels: int = Field(default=100, ge=0, le=10_000)
 
 
+class NetworkSettings(_Section):
+    """The chain that adapters, terms and parameters come from; without a deployment, none."""
+
+    deployment: Annotated[Path, AfterValidator(Path.absolute)] | None = None  # the deployment file
+    allowed_owners: tuple[Annotated[str, AfterValidator(chain_address)], ...] = ()  # whose adapters this node serves
+    max_view_age_seconds: float = Field(default=600.0, ge=1.0)  # access by an older view of the chain is refused
+
+
 class Settings(BaseSettings):
     """What an operator may set. `model` and `adapters` are directories on this machine."""
 
@@ -131,6 +139,7 @@ class Settings(BaseSettings):
     restart: RestartPolicy = RestartPolicy()
     attribution: AttributionSettings = AttributionSettings()
     metrics: MetricsSettings = MetricsSettings()
+    network: NetworkSettings = NetworkSettings()
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:
@@ -235,6 +244,14 @@ class RunConfig(_Section):
         return self.state_dir / "log.pub"
 
     @property
+    def network_dir(self) -> Path:
+        return self.state_dir / "network"
+
+    @property
+    def holdings_path(self) -> Path:
+        return self.network_dir / "holdings.sqlite"
+
+    @property
     def adapter_cache(self) -> Path:
         return self.state_dir / "adapters"
 
@@ -250,7 +267,7 @@ class RunConfig(_Section):
     def run_key_path(self) -> Path:
         return self.run_dir / "run.key"
 
-    def socket(self, name: Literal["engine", "fetcher", "control", "status"]) -> str:
+    def socket(self, name: Literal["engine", "fetcher", "control", "status", "holdings"]) -> str:
         return f"ipc://{self.socket_dir / name}"
 
     @property

@@ -151,6 +151,33 @@ class ReceiptInvalid(OpenLoRAError):
     exit_code = 1
 
 
+class ChainMismatch(OpenLoRAError):
+    """The chain, or a contract on it, is not the one that the deployment file names."""
+
+    code = "CHAIN_MISMATCH"
+    triton_code = "UNAVAILABLE"
+    http_status = 503
+    exit_code = 9
+
+
+class ContractRefused(OpenLoRAError):
+    """A contract reverted: the message is its error with its values."""
+
+    code = "CONTRACT_REFUSED"
+    triton_code = "INVALID_ARG"
+    http_status = 422
+    exit_code = 10
+
+
+class SettlementDiffers(OpenLoRAError):
+    """A proposed epoch is not what the receipts and the chain give: nobody should attest it."""
+
+    code = "SETTLEMENT_DIFFERS"
+    triton_code = "INVALID_ARG"
+    http_status = 422
+    exit_code = 11
+
+
 def _subclasses(root: type[OpenLoRAError]) -> dict[str, type[OpenLoRAError]]:
     return {kind.code: kind for kind in root.__subclasses__()}
 

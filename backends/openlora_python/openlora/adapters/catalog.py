@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
-from ..transaction import transaction
+from ..transaction import create_private, transaction
 from .catalog_rows import (
+    CHAIN_NAME,
     NAME,
     AdapterFilter,
     AdapterRecord,
@@ -25,12 +26,14 @@ from .catalog_rows import (
     select_irreplaceable,
     select_page,
 )
+from .chain_view import CHAIN_ORIGIN, ChainTerms, ChainView, read_view, write_view
+from .chain_view import SCHEMA as CHAIN_SCHEMA
 
 RESERVED_NAMES = ("base",)
 BUSY_SECONDS = 10.0
-# 0: without `names`; the newest version of a name was its current one.
-FORMAT = 1
-SCHEMA = """
+# 0: without `names`; the newest version of a name was its current one. 1: without a chain's view.
+FORMAT = 2
+SCHEMA = f"""{CHAIN_SCHEMA}
 CREATE TABLE IF NOT EXISTS base (
     id INTEGER PRIMARY KEY CHECK (id = 1), path TEXT NOT NULL, digest TEXT NOT NULL, max_rank INTEGER NOT NULL
 ) STRICT;
@@ -57,8 +60,14 @@ CREATE INDEX IF NOT EXISTS adapters_by_digest ON adapters (name, digest);
 Change = Literal["added", "updated", "unchanged"]
 
 
-def check_name(name: str) -> None:
-    """Raises InvalidArgument for what can't be an adapter's name."""
+def check_name(name: str, origin: str = "") -> None:
+    """Raises InvalidArgument for what can't be the name of an adapter from there."""
+    if origin == CHAIN_ORIGIN:
+        if not CHAIN_NAME.fullmatch(name):
+            raise InvalidArgument(f"{name!r:.190} is not the name of a chain's adapter", field="name")
+        return
+    if CHAIN_NAME.fullmatch(name):
+        raise InvalidArgument(f"{name!r} is a chain's: only `openlora network sync` changes it", field="name")
     if not NAME.fullmatch(name):
         raise InvalidArgument(f"{name!r:.140} is no adapter name, {NAME.pattern} is wanted", field="name")
     if name in RESERVED_NAMES:
@@ -76,7 +85,7 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        create_private(path)
         self._connection = _connect(path)
         self._connection.execute("PRAGMA journal_mode = WAL")
         before = _format(self._connection, path)
@@ -170,6 +179,41 @@ class Catalog:
             if not record.current:
                 self._connection.execute("UPDATE names SET current = ? WHERE name = ?", (record.version, name))
             return find(self._connection, name, None)
+
+    def follow_chain(self, view: ChainView, terms: Sequence[ChainTerms]) -> list[AdapterRecord]:
+        """From the next request on, a chain's adapters are those of `terms`, in the order of their registration.
+
+        Of several with one name, the last that is here and ready answers for it. What is gone is marked removed, and
+        returned.
+        """
+        with transaction(self._connection):
+            write_view(self._connection, view, terms)
+            here = list(select(self._connection, "a.origin = ?", (CHAIN_ORIGIN,)))
+            gone = [record for record in here if record.card is None]
+            self._remove(gone)
+            order = {(one.name, one.digest): place for place, one in enumerate(terms)}
+            left = [record for record in here if record.card is not None]
+            left.sort(key=lambda record: (record.status == "ready", order[record.name, record.digest]))
+            answering = {record.name: record for record in left}
+            for record in answering.values():
+                self._connection.execute(
+                    "UPDATE names SET current = ? WHERE name = ? AND current <> ?",
+                    (record.version, record.name, record.version),
+                )
+        return gone
+
+    def has(self, name: str, digest: str) -> bool:
+        """Whether these bytes are a version of that name, in force or not."""
+        return self._newest("n.name = ? AND a.digest = ?", name, digest) is not None
+
+    def cards(self, containing: str) -> Iterator[dict[str, Any]]:
+        """All different cards with this text in their JSON, those of a chain included."""
+        rows = self._connection.execute(
+            "SELECT card FROM adapters WHERE removed_at IS NULL AND origin <> ? AND instr(card, ?) "
+            "UNION SELECT card FROM chain_terms WHERE instr(card, ?)",
+            (CHAIN_ORIGIN, containing, containing),
+        )
+        return (json.loads(card) for (card,) in rows)
 
     def learn(self, name: str, digest: str, rank: int, target_modules: Collection[str]) -> None:
         """What the bytes of a version say, in place of what was said of them before they were here."""
@@ -290,10 +334,11 @@ class Catalog:
         with transaction(self._connection):
             if _format(self._connection, path) == FORMAT:
                 return  # another process was faster
-            self._connection.execute(
-                "INSERT INTO names (name, current) "
-                "SELECT name, max(version) FROM adapters WHERE removed_at IS NULL GROUP BY name"
-            )
+            if _format(self._connection, path) == 0:
+                self._connection.execute(
+                    "INSERT INTO names (name, current) "
+                    "SELECT name, max(version) FROM adapters WHERE removed_at IS NULL GROUP BY name"
+                )
             self._connection.execute(f"PRAGMA user_version = {FORMAT}")
 
 
@@ -308,7 +353,22 @@ class CatalogReader:
             with Catalog(path):
                 pass  # that brings it to today's format
         self._connection.execute("PRAGMA query_only = ON")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """`find`, `lookup` and `chain_view` of this thread see one state of the catalog; other threads wait."""
+        with self._lock:
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.execute("COMMIT")
+
+    def chain_view(self) -> ChainView | None:
+        """The block that requests go by; None: no chain was ever followed."""
+        with self._lock:
+            return read_view(self._connection)
 
     def close(self) -> None:
         self._connection.close()

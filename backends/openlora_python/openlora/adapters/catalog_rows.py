@@ -14,17 +14,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..errors import AdapterNotFound, InvalidArgument
+from .chain_view import CHAIN_ORIGIN
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+CHAIN_NAME = re.compile(rf"0x[0-9a-fA-F]{{40}}/{NAME.pattern}")  # `<owner>/<name>`: the network's sync alone makes them
 DIGEST_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 AFTER_HEX = "g"  # sorts after every string of hex digits
 MAX_VERSION = 2**63 - 1
 # The order is fixed (CROSS), so that pages come sorted out of both primary keys.
-FROM = "FROM names AS n CROSS JOIN adapters AS a ON a.name = n.name LEFT JOIN base AS b ON b.id = 1"
+FROM = (
+    "FROM names AS n CROSS JOIN adapters AS a ON a.name = n.name LEFT JOIN base AS b ON b.id = 1 "
+    "LEFT JOIN chain_terms AS t ON t.name = a.name AND t.digest = a.digest"
+)
 COLUMNS = (
-    "a.name, a.version, a.digest, a.rank, a.status, a.reason, a.card, a.target_modules, a.base, a.source, a.origin, "
+    "a.name, a.version, a.digest, a.rank, a.status, a.reason, "
+    f"CASE a.origin WHEN '{CHAIN_ORIGIN}' THEN t.card ELSE a.card END, a.target_modules, a.base, a.source, a.origin, "
     "a.added_at, a.source_state, a.version = n.current AND n.pinned, a.version = n.current, b.digest, b.max_rank"
 )
+IN_FORCE = f"(a.origin <> '{CHAIN_ORIGIN}' OR t.card IS NOT NULL)"  # what left the chain's view answers no more
 IS_READY = "(a.status = 'ready' AND (b.id IS NULL OR (a.base = b.digest AND a.rank <= b.max_rank)))"  # as `checked`
 
 Status = Literal["ready", "quarantined"]
@@ -44,7 +51,7 @@ class AdapterRecord:
     target_modules: tuple[str, ...] = ()
     base: str = ""  # digest of the base model that it was checked against
     source: str = ""  # where it was copied from
-    origin: str = ""  # the --adapters directory it belongs to; empty = added by hand
+    origin: str = ""  # the --adapters directory it belongs to, or CHAIN_ORIGIN; empty = added by hand
     added_at: int = 0  # seconds since 1970
     source_state: str = ""  # sizes, times and inodes of the source, when they prove that it hasn't changed
     # What its name says of it today; two records of the same version are equal whatever that is.
@@ -73,7 +80,7 @@ class AdapterFilter:
 
     def condition(self) -> tuple[str, list[str]]:
         """SQL, and the values in it."""
-        parts, values = ["a.removed_at IS NULL"], []
+        parts, values = ["a.removed_at IS NULL", IN_FORCE], []
         if self.name is not None:
             parts.append("n.name GLOB ?")
             values.append(self.name)
@@ -95,6 +102,11 @@ class Page:
 
     records: list[AdapterRecord]
     more: bool
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether it can be that of an adapter, of this node's own or of a chain's."""
+    return NAME.fullmatch(name) is not None or CHAIN_NAME.fullmatch(name) is not None
 
 
 def select(
@@ -142,7 +154,7 @@ def find(connection: sqlite3.Connection, name: str, version: int | str | None) -
         AdapterNotFound: no such name or version, or removed.
         InvalidArgument: `version` is no version, or a digest prefix that fits several versions' bytes.
     """
-    if not NAME.fullmatch(name):
+    if not is_adapter_name(name):
         raise AdapterNotFound(f"no adapter {name!r:.140}")
     number = version if version is None or isinstance(version, int) else _number(connection, name, version)
     if number is None and version is None:
@@ -152,7 +164,7 @@ def find(connection: sqlite3.Connection, name: str, version: int | str | None) -
     else:
         raise AdapterNotFound(f"no adapter {name!r} version {version!r}")
     row = connection.execute(
-        f"SELECT {COLUMNS} {FROM} WHERE a.removed_at IS NULL AND n.name = ? AND {condition}", values
+        f"SELECT {COLUMNS} {FROM} WHERE a.removed_at IS NULL AND {IN_FORCE} AND n.name = ? AND {condition}", values
     ).fetchone()
     if row is None:
         raise AdapterNotFound(f"no adapter {name!r}" + ("" if version is None else f" version {version!r}"))

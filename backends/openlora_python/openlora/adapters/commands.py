@@ -21,7 +21,7 @@ from ..command_errors import reported
 from ..config import EngineSettings
 from ..errors import AdapterNotFound, InvalidArgument
 from ..serving.adapter_spec import AdapterSpec, parse_adapters
-from .catalog import AdapterFilter, AdapterRecord, BaseFacts, Catalog, CatalogReader
+from .catalog import AdapterFilter, AdapterRecord, BaseFacts, Catalog, CatalogReader, check_name
 from .ingest import ingest
 from .ingest_jobs import check_result, fetch_evicted, job_of
 from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Copied, Downloaded, Event, IngestResult
@@ -151,6 +151,7 @@ def use(
 ) -> None:
     """Make a version the current one: it answers for the bare name from the next request on."""
     with reported(), _catalog_with(name, state_dir) as catalog:
+        check_name(name)
         record = catalog.use(name, version)
         if as_json:
             typer.echo(json.dumps(_as_tree(record, state_dir)))
@@ -183,6 +184,7 @@ def remove(
 ) -> None:
     """Take an adapter, or one version, out of the catalog. Requests that run with it go on."""
     with reported(), _catalog_with(name, state_dir) as catalog:
+        check_name(name)
         gone = catalog.remove(name, version)
         if as_json:
             typer.echo(json.dumps([{"name": record.name, "version": record.version} for record in gone]))

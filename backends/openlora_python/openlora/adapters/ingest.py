@@ -49,7 +49,7 @@ def ingest(
         UnsupportedModel, Internal: when nothing can be checked against this base model.
     """
     for job in jobs:
-        check_name(job.name)
+        check_name(job.name, job.origin)
     with Catalog(state_dir / CATALOG_FILE) as catalog:
         for job in jobs:
             if not job.origin:  # those of a directory fail one by one

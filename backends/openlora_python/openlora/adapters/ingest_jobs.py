@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 from .catalog import BaseFacts
+from .chain_view import CHAIN_ORIGIN
 from .ingest import Progress, ingest
 from .ingest_worker import CACHE_DIRECTORY, IngestJob, IngestResult, known_records
 from .sources import SourceUri, is_uri, parse_uri
@@ -61,7 +62,13 @@ def fetch_evicted(
     if unknown := sorted(set(names) - {record.name for record in ready}):
         raise AdapterNotFound(f"no adapter {unknown[0]!r} is ready")
     jobs = [
-        IngestJob(record.name, record.source, digest=record.digest, restores=record.version)
+        IngestJob(
+            record.name,
+            record.source,
+            CHAIN_ORIGIN if record.origin == CHAIN_ORIGIN else "",
+            digest=record.digest,
+            restores=record.version,
+        )
         for record in ready
         if (not names or record.name in names) and not store.holds(record.digest)
     ]

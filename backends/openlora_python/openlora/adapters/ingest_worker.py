@@ -21,6 +21,7 @@ from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded,
 from .base_modules import BaseModules, base_modules
 from .cache_quota import evictions
 from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
+from .chain_view import CHAIN_ORIGIN
 from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .printable import printable
@@ -42,9 +43,9 @@ MEMORY_PER_BYTE = 3  # the file, its tensors, and one tensor's numbers being loo
 class IngestJob(msgspec.Struct, frozen=True):
     """One adapter to bring in.
 
-    `source` is an absolute path or a URI; `origin` the --adapters directory that owns it, or empty; `digest` the only
-    one that is taken, if given. With `restores`, the number of a version, only that version's bytes come back. A `lazy`
-    one, a URI with a digest, is announced without its weights.
+    `source` is an absolute path or a URI; `origin` the --adapters directory that owns it, CHAIN_ORIGIN, or empty;
+    `digest` the only one that is taken, if given. With `restores`, the number of a version, only that version's bytes
+    come back. A `lazy` one, a URI with a digest, is announced without its weights.
     """
 
     name: str
@@ -153,7 +154,7 @@ class Ingester:
                 found = replace(found, source_state=settled_state(state) if fetched is None else fetched.state)
                 if known is not None and self.is_current(known, found.source_state, job.digest):
                     return result_of(known, "unchanged")
-                card, made_for = (None, None) if job.restores else _terms(source)
+                card, made_for = (None, None) if job.restores else _terms(source, job.origin)
                 with self._store.incoming() as incoming:
                     self._copy(job.name, source, state, incoming)
                     found = replace(found, digest=incoming.manifest().digest)
@@ -187,7 +188,7 @@ class Ingester:
         """
         try:
             with SourceDirectory(fetched.directory) as source:
-                card, made_for = _terms(source)
+                card, made_for = _terms(source, job.origin)
             _check_card(card)
             modules = self._modules
             with _checking(0):
@@ -207,6 +208,7 @@ class Ingester:
             facts.target_modules,
             self._base.digest,
             fetched.source,
+            job.origin,
             source_state=fetched.state,
         )
         return result_of(*self._catalog.put(found))
@@ -274,11 +276,14 @@ def _checking(size: int) -> Iterator[None]:
         yield
 
 
-def _terms(source: SourceDirectory) -> tuple[dict[str, Any] | None, Any]:
-    """Its card, and the base model that it says it was made for, which is about bytes and not among the terms."""
+def _terms(source: SourceDirectory, origin: str) -> tuple[dict[str, Any] | None, Any]:
+    """Its card, and the base model that it says it was made for, which is about bytes and not among the terms.
+
+    The card of a chain's adapter is what the chain says, wherever its bytes come from.
+    """
     card = source.card()
     made_for = card.pop("base", None) if card else None
-    return card or None, made_for
+    return None if origin == CHAIN_ORIGIN else card or None, made_for
 
 
 def _check_card(card: dict[str, Any] | None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import AdapterInvalid, OpenLoRAError
 from .catalog import AdapterRecord
+from .chain_view import CHAIN_ORIGIN
 from .fetch import Advance, FetchArea, Part, Wanted, fetch
 from .ingest_worker import (
     REPORT_BYTES,
@@ -121,7 +122,11 @@ class RemoteIngest:
 
     def _wanted(self, uri: SourceUri, job: IngestJob) -> Wanted:
         def known(state: str) -> AdapterRecord | None:
-            mine = [record for record in known_records(self._state_dir) if record.source == uri.public]
+            mine = [
+                record
+                for record in known_records(self._state_dir)
+                if record.source == uri.public and (record.origin == CHAIN_ORIGIN) == (job.origin == CHAIN_ORIGIN)
+            ]
             found = next((old for old in mine[::-1] if self._ingester.is_current(old, state, job.digest)), None)
             if found is not None:
                 self._store.touch(found.digest)  # so that nobody evicts it before it has its name

@@ -1,17 +1,20 @@
 """The three blobs beside a receipt: runtime, adapters and terms. Their schemas, how to make them, and the price.
 
-Blobs are plain JSON objects without floats and with integers below 2^53, so that RFC 8785 has one form for each.
+Blobs are plain JSON objects without floats and with integers below 2^53, so that RFC 8785 has one form for each. Prices
+are larger than that, so since price version 2 they are decimal strings; receipts with version 1 stay valid.
 The schemas are checked before a blob is journalled and again by every verifier; unknown keys are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from openlora.attribution.commitments import MODEL_TERMS_TAG, blob_bytes
 from openlora.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -24,12 +27,18 @@ NO_OWNER = "0x" + "0" * 40
 PRICE_UNIT = 1_000_000
 """Prices are per this many tokens."""
 
+MAX_PRICE = 10**30
+"""The highest price of 10^6 tokens, in the smallest unit of the token."""
+
+WHOLE_PPM = 1_000_000
+
 NO_PARAMETERS = "0" * 64
 """The parameters digest of terms that no published parameters are in force for: such a receipt cannot be settled."""
 
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Address = Annotated[str, Meta(pattern=r"\A0x[0-9a-fA-F]{40}\Z")]
-Amount = Annotated[int, Meta(ge=0, lt=2**53)]
+Amount = Annotated[int, Meta(ge=0, lt=2**53)]  # price version 1
+DecimalAmount = Annotated[str, Meta(pattern=r"\A(?:0|[1-9][0-9]{0,30})\Z")]  # price version 2
 Ppm = Annotated[int, Meta(ge=0, le=1_000_000)]
 Name = Annotated[str, Meta(max_length=256)]
 
@@ -74,24 +83,45 @@ class DatasetTerms(_Blob):
     ppm: Ppm
     contributors: list[ContributorTerms]
 
+    def __post_init__(self) -> None:
+        _require_whole(f"the contributors of {self.id!r}", [who.ppm for who in self.contributors])
+
 
 class ModelTerms(_Blob):
-    """Whom one model pays: `input` and `output` are token units for 10^6 tokens."""
+    """Whom one model pays: `input` and `output` are token units for 10^6 tokens, as the price version writes them."""
 
     digest: Digest
     owner: Address
-    input: Amount
-    output: Amount
+    input: Amount | DecimalAmount
+    output: Amount | DecimalAmount
     datasets: list[DatasetTerms]
+
+    def __post_init__(self) -> None:
+        if self.datasets:
+            _require_whole(f"the data sets of {self.digest}", [dataset.ppm for dataset in self.datasets])
+
+    @property
+    def prices(self) -> tuple[int, int]:
+        """Of 10^6 input and output tokens."""
+        return int(self.input), int(self.output)
 
 
 class TermsBlob(_Blob):
     """What was agreed when the request was served."""
 
-    price_version: Literal[1]
+    price_version: Literal[1, 2]
     parameters: Digest
     base: ModelTerms
     adapters: list[ModelTerms]
+
+    def __post_init__(self) -> None:
+        form = {1: int, 2: str}[self.price_version]
+        for model in (self.base, *self.adapters):
+            for amount in (model.input, model.output):
+                if type(amount) is not form:
+                    raise ValueError(f"price {amount!r} is not as price version {self.price_version} writes it")
+                if int(amount) > MAX_PRICE:
+                    raise ValueError(f"price {amount} is over 10^30")
 
 
 def runtime_blob(info: EngineInfo) -> dict[str, Any]:
@@ -114,11 +144,38 @@ def terms_blob(
     A model without a card belongs to nobody (zero address), costs nothing and declares no data sets.
     """
     return {
-        "price_version": 1,
+        "price_version": 2,
         "parameters": parameters,
-        "base": _model_terms(*base),
-        "adapters": [_model_terms(digest, card) for digest, card in adapters],
+        "base": model_terms(*base),
+        "adapters": [model_terms(digest, card) for digest, card in adapters],
     }
+
+
+def model_terms(digest: str, card: Card | None) -> dict[str, Any]:
+    """One model's part of a terms blob of price version 2, from its manifest digest and card."""
+    if card is None:
+        return {"digest": digest, "owner": NO_OWNER, "input": "0", "output": "0", "datasets": []}
+    return {
+        "digest": digest,
+        "owner": card.owner,
+        "input": str(card.prices.input),
+        "output": str(card.prices.output),
+        "datasets": [_dataset_terms(dataset) for dataset in card.datasets],
+    }
+
+
+def model_terms_document(model: Mapping[str, Any]) -> bytes:
+    """The terms of a model as they are published in the registry: RFC 8785, prices as decimal strings.
+
+    `model` is a model of a terms blob of either price version.
+    """
+    decimal = {**model, "input": str(model["input"]), "output": str(model["output"])}
+    return blob_bytes(MODEL_TERMS_TAG, decimal).removeprefix(MODEL_TERMS_TAG)
+
+
+def model_terms_hash(model: Mapping[str, Any]) -> bytes:
+    """SHA-256(tag ‖ `model_terms_document`), 32 bytes: the registry's `termsHash`, whatever the price version."""
+    return hashlib.sha256(MODEL_TERMS_TAG + model_terms_document(model)).digest()
 
 
 def check_blobs(base_digest: str, runtime: Any, adapters: Any, terms: Any) -> TermsBlob:
@@ -140,8 +197,8 @@ def check_blobs(base_digest: str, runtime: Any, adapters: Any, terms: Any) -> Te
 
 def price(terms: TermsBlob, in_tokens: int, out_tokens: int) -> int:
     """Σ over base and adapters of (in · input + out · output) // 10^6, each model's part rounded down by itself."""
-    models = (terms.base, *terms.adapters)
-    return sum((in_tokens * model.input + out_tokens * model.output) // PRICE_UNIT for model in models)
+    prices = [model.prices for model in (terms.base, *terms.adapters)]
+    return sum((in_tokens * per_input + out_tokens * per_output) // PRICE_UNIT for per_input, per_output in prices)
 
 
 def _convert(name: str, blob: Any, kind: type[_Kind]) -> _Kind:
@@ -151,16 +208,9 @@ def _convert(name: str, blob: Any, kind: type[_Kind]) -> _Kind:
         raise InvalidArgument(str(error), field=name) from error
 
 
-def _model_terms(digest: str, card: Card | None) -> dict[str, Any]:
-    if card is None:
-        return {"digest": digest, "owner": NO_OWNER, "input": 0, "output": 0, "datasets": []}
-    return {
-        "digest": digest,
-        "owner": card.owner,
-        "input": card.prices.input,
-        "output": card.prices.output,
-        "datasets": [_dataset_terms(dataset) for dataset in card.datasets],
-    }
+def _require_whole(what: str, shares: Sequence[int]) -> None:
+    if sum(shares) != WHOLE_PPM:
+        raise ValueError(f"{what} add up to {sum(shares)} ppm, not {WHOLE_PPM}")
 
 
 def _dataset_terms(dataset: DatasetShare) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from eth_utils import is_checksum_address, to_checksum_address
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from openlora.attribution.blobs import NO_OWNER
+from openlora.attribution.blobs import MAX_PRICE, NO_OWNER
 from openlora.errors import InvalidArgument
 from openlora.serving.access_rule import AccessRule
 
 WHOLE = 1_000_000  # shares are in parts per million
+_DECIMAL = re.compile(r"0|[1-9][0-9]{0,30}")
 
 
 def _checksummed(address: str) -> str:
@@ -44,9 +45,20 @@ def _whole(what: str, shares: Sequence[int]) -> None:
         raise ValueError(f"the shares of the {what} add up to {sum(shares)} ppm, not {WHOLE}")
 
 
+def _whole_amount(value: Any) -> Any:
+    """JSON has no exact integers from 2^53 on: larger prices are written as decimal strings."""
+    if isinstance(value, str):
+        if _DECIMAL.fullmatch(value) is None or int(value) > MAX_PRICE:
+            raise ValueError(f"{value[:40]!r} is not a whole number of at most 10^30, without leading zeros")
+        return int(value)
+    if type(value) is int and value >= 2**53:
+        raise ValueError("Input should be less than 2^53; larger prices are written as text")
+    return value
+
+
 Address = Annotated[str, AfterValidator(_checksummed)]
 Share = Annotated[int, Field(gt=0, le=WHOLE)]
-Price = Annotated[int, Field(ge=0, lt=2**53)]
+Price = Annotated[int, BeforeValidator(_whole_amount), Field(ge=0)]
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 Task = Annotated[str, Field(pattern=f"^{TASK.pattern}$")]
@@ -81,7 +93,7 @@ class DatasetShare(_Strict):
 
 
 class Prices(_Strict):
-    """In the smallest unit of the payment token, for 10^6 tokens."""
+    """In the smallest unit of the payment token, for 10^6 tokens: JSON integers, or decimal strings up to 10^30."""
 
     version: Literal[1]
     input: Price

@@ -52,11 +52,15 @@ class LogKey:
             if type(value) is not bytes or len(value) != 32:
                 raise InvalidArgument(f"{value!r} is not 32 bytes", field=name)
 
+    @property
+    def origin_hash(self) -> bytes:
+        """SHA-256 of the tagged origin, 32 bytes."""
+        return hashlib.sha256(ORIGIN_TAG + self.origin.encode()).digest()
+
     @cached_property
     def init_leaf(self) -> bytes:
         """The ABI encoding of the log's initialisation, 7 words."""
-        origin_hash = hashlib.sha256(ORIGIN_TAG + self.origin.encode()).digest()
-        words = (LOG_INIT_SCHEMA.to_bytes(32, "big"), ZERO32, origin_hash, bytes(12) + bytes.fromhex(self.signer[2:]))
+        words = (LOG_INIT_SCHEMA.to_bytes(32, "big"), ZERO32, self.origin_hash, bytes(12) + bytes.fromhex(self.signer[2:]))
         return b"".join((*words, self.checkpoint_key, self.nonce, self.predecessor))
 
     @cached_property

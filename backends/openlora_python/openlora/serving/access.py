@@ -22,7 +22,6 @@ from .signed_login import FIELD, LoginToken, is_login_token, read_token, verify_
 
 __all__ = ["ANONYMOUS", "AccessPolicy"]
 
-HOLDINGS_MAX_AGE_SECONDS = 600.0
 KEPT_CHECKS = 16_384
 LOG_RETRY_MS = 2000
 
@@ -49,8 +48,9 @@ class AccessPolicy:
         self._log_id: bytes | None = None
         self._digests = {name: digest.lower() for name, digest in access.callers.items()}
         self._own_limits = {canonical_caller(name): limits for name, limits in access.caller_limits.items()}
+        self._holdings_max_age = run.settings.network.max_view_age_seconds
         self._operators_checks = {
-            name: check_of(rule, view, HOLDINGS_MAX_AGE_SECONDS) for name, rule in _operators_rules(access).items()
+            name: check_of(rule, view, self._holdings_max_age) for name, rule in _operators_rules(access).items()
         }
         self._card_checks: dict[tuple[str, int], tuple[Any, AccessCheck]] = {}  # with the card's words
 
@@ -121,7 +121,7 @@ class AccessPolicy:
             if len(self._card_checks) >= KEPT_CHECKS:
                 self._card_checks.clear()
             rule = AccessRule.model_validate(access)
-            known = self._card_checks[version] = (access, check_of(rule, self._view, HOLDINGS_MAX_AGE_SECONDS))
+            known = self._card_checks[version] = (access, check_of(rule, self._view, self._holdings_max_age))
         return known[1]
 
     def _signer(self, token: LoginToken) -> str:

@@ -21,7 +21,8 @@ def canonical_caller(name: str) -> str:
     return to_checksum_address(name) if ADDRESS.fullmatch(name) else name
 
 
-def _address(text: str) -> str:
+def chain_address(text: str) -> str:
+    """An Ethereum address in its checksummed form; ValueError: it is none."""
     if not ADDRESS.fullmatch(text):
         raise ValueError("not an address: 0x and 40 hex digits are wanted")
     return to_checksum_address(text)
@@ -38,7 +39,7 @@ class TokenTerms(_Strict):
     """Whoever holds at least `minimum` units of a token (ERC-20 or ERC-721: `balanceOf`) may use the adapter."""
 
     chain_id: Annotated[int, Field(ge=1, lt=2**53)]
-    contract: Annotated[str, AfterValidator(_address)]
+    contract: Annotated[str, AfterValidator(chain_address)]
     minimum: Annotated[int, Field(ge=1, lt=2**53)] = 1
 
 

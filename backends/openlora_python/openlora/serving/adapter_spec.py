@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.catalog import NAME, RESERVED_NAMES
+from eth_utils import to_checksum_address
+
+from ..adapters.catalog import RESERVED_NAMES
+from ..adapters.catalog_rows import CHAIN_NAME, NAME, is_adapter_name
 from ..attribution.card import TASK
 from ..engine.api import WEIGHT_ONE
 from ..errors import InvalidArgument
@@ -85,10 +88,13 @@ def _for_task(task: Any, weight: Any) -> AdapterSpec:
 
 
 def _one(name: Any, weight: Any, version: Any) -> AdapterSpec:
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not is_adapter_name(name):
         raise InvalidArgument(f"{name!r:.140} is no adapter name ({NAME.pattern})", field=FIELD)
     if name in RESERVED_NAMES:
         raise InvalidArgument(f"{name!r} is the base model: leave adapters out to ask it", field=FIELD)
+    if CHAIN_NAME.fullmatch(name):  # one adapter, however its owner's address is written
+        owner, _, label = name.partition("/")
+        name = f"{to_checksum_address(owner)}/{label}"
     units = _weight(weight, name)
     if version is not None and (isinstance(version, bool) or not isinstance(version, int | str)):
         raise InvalidArgument(f"version of {name!r}: a number or a digest is wanted, got {version!r:.80}", field=FIELD)

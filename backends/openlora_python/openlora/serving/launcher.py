@@ -35,6 +35,7 @@ from ..attribution.witness_client import WitnessAddress, WitnessClient
 from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
 from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
+from ..network.deployment import Deployment
 from .base_model import read_base_model
 from .fetch_wire import FetcherConfig
 from .health import HealthServer
@@ -63,6 +64,8 @@ class Launcher:
         self._lock = self._state.lock()
         self._state.prepare()
         self._install = find_tritonserver()
+        if settings.network.deployment is not None:
+            Deployment.load(settings.network.deployment)  # says so here if it can't be one
         _settle_custody(self._state.root, settings.attribution.witnesses)
         self._run = self._make_run(settings)
         self._run.save()
@@ -77,6 +80,11 @@ class Launcher:
         self._server = KeptProcess("tritonserver", self._server_command, logs / "tritonserver.log", policy)
         self._gateway = KeptProcess("gateway", self._gateway_command, logs / "gateway.log", policy)
         self._kept = [self._engine, self._fetcher, self._server, self._gateway]
+        self._chain: KeptProcess | None = None
+        if settings.network.deployment is not None:
+            # Serving never waits for a chain: this one is started again for ever.
+            self._chain = KeptProcess("network", self._network_command, logs / "network.log", policy, gives_up=False)
+            self._kept.append(self._chain)
         self._stubs = Stubs()
         self._engine_ready = self._fetcher_ready = False
         self._engine_steps, self._engine_moved_at = -1, time.monotonic()
@@ -178,7 +186,7 @@ class Launcher:
         elif process is self._server:
             self._models_ready = False
             self._stubs.drop()
-        else:
+        elif process is self._gateway:
             self._gateway_ready = False
         process.plan_restart()
 
@@ -289,6 +297,10 @@ class Launcher:
             server_environment(self._install, self._run),
         )
 
+    def _network_command(self) -> Command:
+        environment = {**os.environ, RUN_DIR_VARIABLE: str(self._run.run_dir)}
+        return Command([sys.executable, "-m", "openlora.network.follow"], environment)
+
     def _gateway_command(self) -> Command:
         environment = {**os.environ, RUN_DIR_VARIABLE: str(self._run.run_dir)}
         return Command([sys.executable, "-m", "openlora_gateway"], environment)
@@ -339,7 +351,9 @@ class Launcher:
     def _shut_down(self) -> None:
         # The engine first: a tritonserver that is told to stop refuses the next chunk of every answer and waits for
         # its end; without an engine generation ends all of them at once, in the journal and towards their clients.
-        for process in (self._engine, self._fetcher, self._gateway, self._server):
+        for process in (self._engine, self._fetcher, self._gateway, self._server, self._chain):
+            if process is None:
+                continue
             try:
                 process.stop(STOP_SECONDS)
             except OSError as error:

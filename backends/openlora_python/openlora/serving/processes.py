@@ -25,11 +25,19 @@ class Command:
 class KeptProcess:
     """`make_command` is called before each start, so what must be new for each start can be made there."""
 
-    def __init__(self, name: str, make_command: Callable[[], Command], log_file: Path, policy: RestartPolicy) -> None:
+    def __init__(
+        self,
+        name: str,
+        make_command: Callable[[], Command],
+        log_file: Path,
+        policy: RestartPolicy,
+        gives_up: bool = True,
+    ) -> None:
         self.name = name
         self._make_command = make_command
         self._log_file = log_file
         self._policy = policy
+        self._gives_up = gives_up
         self._process: subprocess.Popen[bytes] | None = None
         self._restarts: deque[float] = deque()
         self._start_at: float | None = None
@@ -83,7 +91,7 @@ class KeptProcess:
         now = time.monotonic()
         while self._restarts and self._restarts[0] < now - self._policy.window_seconds:
             self._restarts.popleft()
-        if len(self._restarts) >= self._policy.attempts:
+        if len(self._restarts) >= self._policy.attempts and self._gives_up:
             raise Unavailable(
                 f"{self.name} died {len(self._restarts) + 1} times in {self._policy.window_seconds:.0f} s; "
                 f"its last words are in {self._log_file}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from threading import Lock
 
 from ..attribution.frames import CompletionFrame, IntentFrame, SegmentHeader
 from ..attribution.reader import JournalReader
+from ..transaction import create_private
 from .quota import KEPT_DAYS, LedgerState, QuotaLedger, Reservation, day_of
 
 UNSAVED_SECONDS = 60.0
@@ -175,7 +175,7 @@ def _write(connection: sqlite3.Connection, state: LedgerState) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    create_private(path)
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")

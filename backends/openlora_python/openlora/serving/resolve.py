@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.catalog import AdapterRecord, CatalogReader
+from ..adapters.catalog_rows import CHAIN_NAME
+from ..adapters.chain_view import ChainView
 from ..adapters.sources import SourceLimits, is_uri
 from ..adapters.store import mark_used, not_fetchable
-from ..attribution.blobs import terms_blob
+from ..attribution.blobs import NO_PARAMETERS, terms_blob
 from ..attribution.card import Card, parse_card
 from ..config import RunConfig
 from ..engine.api import AdapterUse, Sampling
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 from .access import AccessPolicy
 from .adapter_spec import AdapterSpec, parse_adapters
+from .chain import RETRY_MS as CHAIN_RETRY_MS
+from .chain import registry_preimage, served_chain
 from .guides import GUIDE_TENSOR, TYPE_TENSOR, guide_of
 from .rate_limit import RateLimiter
 from .routing import Router
@@ -60,7 +64,8 @@ class ResolverStep:
     def __init__(self, run: RunConfig) -> None:
         self._run = run
         self._limits = run.settings.limits
-        self._policy = AccessPolicy(run)
+        self._chain = served_chain(run)
+        self._policy = AccessPolicy(run, None if self._chain is None else self._chain.holdings)
         self._rates = RateLimiter()
         self._catalog = CatalogReader(run.catalog_path)
         self._router = Router(run.catalog_path)
@@ -105,10 +110,7 @@ class ResolverStep:
         self._refuse_unsupported(inputs)
         sampling = self._sampling(inputs, parameters)
         key = _routing_key(caller, label, sampling.routing_key)
-        records = [
-            (spec, self._router.pin(spec, key, lambda named: self._pinned(caller, named)))
-            for spec in self._asked_for(inputs, sampling)
-        ]
+        records, view = self._pin(caller, key, self._asked_for(inputs, sampling))
         digests = [record.digest for _, record in records]
         if len(set(digests)) != len(digests):
             raise InvalidArgument("two of the names are the same adapter", field="adapters")
@@ -134,10 +136,31 @@ class ResolverStep:
                     add_special_tokens=sampling.add_special_tokens,
                     echo=not inputs.get("exclude_input_in_output", True),
                 ),
-                terms=self._terms([record for _, record in records]),
+                terms=self._terms([record for _, record in records], view),
+                registry=registry_preimage(view),
                 quotas=(callers_quota, *self._granted([record.name for _, record in records])),
             )
         )
+
+    def _pin(
+        self, caller: str, key: str, specs: tuple[AdapterSpec, ...]
+    ) -> tuple[list[tuple[AdapterSpec, AdapterRecord]], ChainView | None]:
+        """The adapters, and the block whose terms they have: all read in one, so that no ticket mixes two blocks."""
+        with self._catalog.snapshot():
+            view = None if self._chain is None else self._chain.view(self._catalog)
+
+            def pinned(named: AdapterSpec) -> AdapterRecord:
+                return self._pinned(caller, named, view)
+
+            try:
+                return [(spec, self._router.pin(spec, key, pinned)) for spec in specs], view
+            except AdapterNotFound:
+                # Whatever was asked for, so that nobody learns by this what there is.
+                if self._chain is not None and self._chain.awaits(caller):
+                    raise Unavailable(
+                        f"what {caller} holds is being read from the chain", retry_after_ms=CHAIN_RETRY_MS
+                    ) from None
+                raise
 
     def _cached(self, record: AdapterRecord) -> Path:
         """Where its bytes are, or will be before the engine reads them: those of a remote source are fetched."""
@@ -196,10 +219,15 @@ class ResolverStep:
                 raise InvalidArgument(error.message, field="lora_name") from error
         return () if spec is None else parse_adapters(spec)
 
-    def _pinned(self, caller: str, spec: AdapterSpec) -> AdapterRecord:
+    def _pinned(self, caller: str, spec: AdapterSpec, view: ChainView | None) -> AdapterRecord:
         """The exact version. What a caller may not use gets the same words as what does not exist."""
         version = f" version {spec.version!r:.80}" if spec.version else ""
         unknown = AdapterNotFound(f"no adapter {spec.name!r}{version}")
+        if CHAIN_NAME.fullmatch(spec.name):
+            if self._chain is None:
+                raise unknown
+            if not self._chain.grants(view):  # before it is looked up: the same for what does not exist
+                raise Unavailable("the chain was not heard of for too long", retry_after_ms=CHAIN_RETRY_MS)
         try:
             record = self._catalog.find(spec.name, spec.version)
         except AdapterNotFound:
@@ -226,9 +254,12 @@ class ResolverStep:
         self._rates.take([(account, one.requests_per_minute) for account, one in limits.items()])
         return [Quota(account, one.tokens_per_day) for account, one in limits.items()]
 
-    def _terms(self, records: list[AdapterRecord]) -> dict[str, Any]:
+    def _terms(self, records: list[AdapterRecord], view: ChainView | None) -> dict[str, Any]:
+        base_card, parameters = self._base_card, NO_PARAMETERS
+        if view is not None:
+            base_card, parameters = _card(view.base_card) or base_card, view.parameters or parameters
         return terms_blob(
-            (self._run.base.digest, self._base_card), [(record.digest, _card(record.card)) for record in records]
+            (self._run.base.digest, base_card), [(one.digest, _card(one.card)) for one in records], parameters
         )
 
     def _refuse_unsupported(self, inputs: dict[str, Any]) -> None:

@@ -52,6 +52,7 @@ class Ticket(msgspec.Struct, frozen=True):
     sampling: Sampling = Sampling()
     text: TextOptions = TextOptions()
     terms: dict[str, Any] = {}  # the terms blob of the receipt
+    registry: bytes = b""  # preimage of its registry reference; empty = none
     quotas: tuple[Quota, ...] = ()  # all of them or none: the caller's, and that of each adapter
 
 

@@ -48,6 +48,7 @@ class RequestUsage:
             runtime=runtime_blob(info),
             adapters=adapters_blob(ticket.adapters),
             terms=ticket.terms,
+            registry=ticket.registry,
             prompt_salt=prompt_salt,
             output_salt=output_salt,
             prompt_commit=prompt_commitment(prompt_salt, prompt_text),

@@ -1,0 +1,286 @@
+"""`openlora settle …`: compute an epoch, propose it, attest it, accept it, claim from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from eth_utils import to_checksum_address
+
+from openlora.attribution.settlement.attestation import Attestation, ascending, attest, proposal_document
+from openlora.attribution.settlement.books import Books, keep_prefixes
+from openlora.attribution.settlement.chain_state import Proposal, read_state
+from openlora.attribution.settlement.epoch import check_proposal, next_epoch, stops_of
+from openlora.attribution.settlement.facts import ChainFacts
+from openlora.attribution.settlement.prefix_store import PrefixStore
+from openlora.attribution.settlement.printing import print_claims, print_epoch, print_sent, print_status
+from openlora.attribution.settlement.session import ChainSession, judged, open_exports, referenced_blocks, settle_dir
+from openlora.command_errors import reported
+from openlora.errors import InvalidArgument, SettlementDiffers
+
+MOST = 2**120 - 1
+"""What the distributor can pay in all; the cap where a chain's own is not asked."""
+
+settle_app = typer.Typer(help="Settlement: from receipts and chain to rewards.", no_args_is_help=True)
+
+Exports = Annotated[list[Path], typer.Option("--export", metavar="DIR", help="The export of a log; once for each.")]
+DeploymentFile = Annotated[
+    Path | None,
+    typer.Option("--deployment", metavar="FILE", envvar="OPENLORA_NETWORK__DEPLOYMENT", help="The deployment file."),
+]
+StateDir = Annotated[Path, typer.Option(help="Keeps what was read and checked before, below settle/.")]
+FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Check every receipt again, from the first one on.")]
+Key = Annotated[Path, typer.Option("--key", metavar="FILE", help="The key file that pays for the transaction.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the result.")]
+
+
+@settle_app.command("epoch")
+def epoch(
+    exports: Exports,
+    deployment: DeploymentFile = None,
+    facts_file: Annotated[Path | None, typer.Option("--facts", help="Chain facts from a file, instead of RPC.")] = None,
+    epoch_cap: Annotated[int | None, typer.Option(min=1, help="Instead of the distributor's own.")] = None,
+    state_dir: StateDir = Path("var"),
+    from_scratch: FromScratch = False,
+    as_json: Json = False,
+) -> None:
+    """Compute what would be proposed now. Sends nothing."""
+    with reported():
+        logs = open_exports(exports)
+        if facts_file is not None:
+            books = judged(logs, _read_facts(facts_file), None)
+            cap = epoch_cap or MOST
+        else:
+            session = ChainSession.open(deployment, state_dir)
+            store = _store(state_dir)
+            books = session.books(logs, None if from_scratch else store)
+            cap = epoch_cap or session.contracts.distributor.epoch_cap()
+            keep_prefixes(books, logs, store)
+        print_epoch(books, next_epoch(books, cap), as_json)
+
+
+@settle_app.command("propose")
+def propose(
+    exports: Exports,
+    key: Key,
+    deployment: DeploymentFile = None,
+    state_dir: StateDir = Path("var"),
+    from_scratch: FromScratch = False,
+    as_json: Json = False,
+) -> None:
+    """Compute the next epoch and propose it. The key must be a publisher's."""
+    with reported():
+        logs = open_exports(exports)
+        session = ChainSession.open(deployment, state_dir)
+        account = session.account(key)
+        store = _store(state_dir)
+        books = session.books(logs, None if from_scratch else store)
+        if books.state.pending is not None:
+            raise InvalidArgument(f"epoch {books.state.pending.epoch} is pending: it is accepted or vetoed first")
+        computed = next_epoch(books, session.contracts.distributor.epoch_cap())
+        if computed.proposal is None:
+            raise InvalidArgument("; ".join(("there is nothing to settle", *books.notes, *computed.notes)))
+        keep_prefixes(books, logs, store, computed.stops)
+        new = computed.proposal
+        receipt = session.send(account, session.contracts.distributor.propose(new.root, new.total, new.allocations))
+        print_epoch(books, computed, as_json, receipt["transactionHash"].to_0x_hex())
+
+
+@settle_app.command("attest")
+def attest_epoch(
+    exports: Exports,
+    key: Key,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the attestation goes.")],
+    deployment: DeploymentFile = None,
+    state_dir: StateDir = Path("var"),
+    from_scratch: FromScratch = False,
+    as_json: Json = False,
+) -> None:
+    """Compute the pending epoch again, from your own exports and chain, and sign it if it is right. Sends nothing."""
+    with reported():
+        logs = open_exports(exports)
+        session = ChainSession.open(deployment, state_dir)
+        account = session.account(key)
+        store = _store(state_dir)
+        books = session.books(logs, None if from_scratch else store)
+        pending = _pending(books)
+        check_proposal(books, pending)
+        keep_prefixes(books, logs, store, stops_of(pending))
+        signed = attest(account, session.facts.chain_id, session.facts.distributor, pending)
+        out.write_text(signed.to_json())
+        result = {"epoch": pending.epoch, "signer": signed.signer, "file": str(out), **proposal_document(pending)}
+        print_sent(f"epoch {pending.epoch} is right: attested by {signed.signer} in {out}", result, as_json)
+
+
+@settle_app.command("accept")
+def accept(
+    files: Annotated[list[Path], typer.Argument(metavar="ATTESTATION…", help="Files of `openlora settle attest`.")],
+    key: Key,
+    deployment: DeploymentFile = None,
+    state_dir: StateDir = Path("var"),
+    as_json: Json = False,
+) -> None:
+    """Accept the pending epoch with its attestations, once its delay is over. Anybody may."""
+    with reported():
+        attestations = [Attestation.from_json(_read(path)) for path in files]
+        session = ChainSession.open(deployment, state_dir)
+        account = session.account(key)
+        pending = read_state(session.facts).pending
+        if pending is None:
+            raise InvalidArgument("no proposal is pending in the final blocks")
+        here = (session.facts.chain_id, session.facts.distributor, pending)
+        for path, one in zip(files, attestations, strict=True):
+            if (one.chain_id, one.distributor, one.proposal) != here:
+                raise InvalidArgument(f"is not for the pending epoch {pending.epoch}", field=str(path))
+        signatures = [one.signature for one in ascending(attestations)]
+        call = session.contracts.distributor.accept(
+            pending.epoch, pending.root, pending.total, pending.allocations, signatures
+        )
+        receipt = session.send(account, call)
+        result = {"epoch": pending.epoch, "transaction": receipt["transactionHash"].to_0x_hex()}
+        print_sent(f"epoch {pending.epoch} is accepted: {pending.total} paid out in all", result, as_json)
+
+
+@settle_app.command("veto")
+def veto(key: Key, deployment: DeploymentFile = None, state_dir: StateDir = Path("var"), as_json: Json = False) -> None:
+    """Drop the pending epoch. The key must be a guardian's."""
+    with reported():
+        session = ChainSession.open(deployment, state_dir)
+        receipt = session.send(session.account(key), session.contracts.distributor.veto())
+        result = {"transaction": receipt["transactionHash"].to_0x_hex()}
+        print_sent("the pending epoch is vetoed", result, as_json)
+
+
+@settle_app.command("claim")
+def claim(
+    exports: Exports,
+    key: Key,
+    accounts: Annotated[list[str] | None, typer.Argument(metavar="[ACCOUNT…]", help="Whose rewards.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Those of all who have some.")] = False,
+    deployment: DeploymentFile = None,
+    state_dir: StateDir = Path("var"),
+    from_scratch: FromScratch = False,
+    as_json: Json = False,
+) -> None:
+    """Have rewards paid out to whom they belong. Anybody may send it."""
+    with reported():
+        if bool(accounts) == every:
+            raise InvalidArgument("give accounts, or --all", field="ACCOUNT")
+        logs = open_exports(exports)
+        session = ChainSession.open(deployment, state_dir)
+        sender = session.account(key)
+        store = _store(state_dir)
+        books = session.books(logs, None if from_scratch else store)
+        tree, amounts = books.reward_tree()
+        if tree.root != books.state.root:
+            raise SettlementDiffers(f"the accepted root is {books.state.root.hex()}, computed is {tree.root.hex()}")
+        keep_prefixes(books, logs, store)
+        paid = []
+        for earner in sorted(amounts) if every else [_account(one) for one in accounts or ()]:
+            who = to_checksum_address(earner)
+            proof, claimed = tree.proof(earner), session.contracts.distributor.claimed_of(who)
+            if every and claimed >= amounts[earner]:
+                continue
+            session.send(sender, session.contracts.distributor.claim(who, amounts[earner], proof))
+            paid.append({"account": who, "amount": str(amounts[earner] - claimed), "cumulative": str(amounts[earner])})
+        print_claims(paid, as_json)
+
+
+@settle_app.command("status")
+def status(
+    deployment: DeploymentFile = None,
+    exports: Annotated[
+        list[Path] | None, typer.Option("--export", metavar="DIR", help="With the earners, from all logs' exports.")
+    ] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: Json = False,
+) -> None:
+    """Deposits, anchored and settled sizes, and the pending proposal."""
+    with reported():
+        session = ChainSession.open(deployment, state_dir)
+        amounts = None
+        if exports:
+            _, amounts = session.books(open_exports(exports), _store(state_dir)).reward_tree()
+        print_status(session, read_state(session.facts), amounts, as_json)
+
+
+@settle_app.command("deposit")
+def deposit(
+    log_id: Annotated[str, typer.Argument(metavar="LOG", help="The log's id, 64 hex digits.")],
+    amount: Annotated[int, typer.Argument(min=1, help="In the smallest unit of the token.")],
+    key: Key,
+    deployment: DeploymentFile = None,
+    state_dir: StateDir = Path("var"),
+    as_json: Json = False,
+) -> None:
+    """Deposit for a log, from the key's account: what its receipts are paid from. There is no way back."""
+    with reported():
+        log = _log_id(log_id)
+        session = ChainSession.open(deployment, state_dir)
+        account = session.account(key)
+        contracts = session.contracts
+        session.send(account, contracts.token.approve(contracts.distributor.address, amount))
+        receipt = session.send(account, contracts.distributor.deposit(log, amount))
+        result = {"log_id": log_id, "amount": str(amount), "transaction": receipt["transactionHash"].to_0x_hex()}
+        print_sent(f"deposited {amount} for log {log.hex()}", result, as_json)
+
+
+@settle_app.command("facts")
+def facts(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where they go.")],
+    deployment: DeploymentFile = None,
+    exports: Annotated[
+        list[Path] | None, typer.Option("--export", metavar="DIR", help="With the blocks that its receipts name.")
+    ] = None,
+    state_dir: StateDir = Path("var"),
+    as_json: Json = False,
+) -> None:
+    """Write down what the chain says, so that anybody can compute everything again offline."""
+    with reported():
+        session = ChainSession.open(deployment, state_dir)
+        numbers = set().union(*(referenced_blocks(one) for one in open_exports(exports or ())))
+        found = [session.header(number) for number in sorted(numbers) if number <= session.facts.head]
+        whole = session.facts.with_headers(found)
+        out.write_text(whole.to_json())
+        result = {"file": str(out), "head": whole.head, "events": len(whole.events), "headers": len(whole.headers)}
+        print_sent(f"{len(whole.events)} events up to block {whole.head} are in {out}", result, as_json)
+
+
+def _store(state_dir: Path) -> PrefixStore:
+    return PrefixStore(settle_dir(state_dir) / "prefixes")
+
+
+def _pending(books: Books) -> Proposal:
+    if books.state.pending is None:
+        raise InvalidArgument("no proposal is pending in the final blocks")
+    return books.state.pending
+
+
+def _read_facts(path: Path) -> ChainFacts:
+    return ChainFacts.from_json(_read(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidArgument(f"can't read {path}: {error.strerror}") from error
+
+
+def _account(text: str) -> bytes:
+    digits = text.removeprefix("0x")
+    if len(digits) != 40 or not _is_hex(digits):
+        raise InvalidArgument(f"{text!r} is not an address", field="ACCOUNT")
+    return bytes.fromhex(digits)
+
+
+def _log_id(text: str) -> bytes:
+    digits = text.removeprefix("0x")
+    if len(digits) != 64 or not _is_hex(digits):
+        raise InvalidArgument(f"{text!r} is not 64 hex digits", field="LOG")
+    return bytes.fromhex(digits)
+
+
+def _is_hex(digits: str) -> bool:
+    return all(one in "0123456789abcdefABCDEF" for one in digits)
