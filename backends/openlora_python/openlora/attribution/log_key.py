@@ -60,7 +60,8 @@ class LogKey:
     @cached_property
     def init_leaf(self) -> bytes:
         """The ABI encoding of the log's initialisation, 7 words."""
-        words = (LOG_INIT_SCHEMA.to_bytes(32, "big"), ZERO32, self.origin_hash, bytes(12) + bytes.fromhex(self.signer[2:]))
+        signer = bytes(12) + bytes.fromhex(self.signer[2:])
+        words = (LOG_INIT_SCHEMA.to_bytes(32, "big"), ZERO32, self.origin_hash, signer)
         return b"".join((*words, self.checkpoint_key, self.nonce, self.predecessor))
 
     @cached_property
