@@ -16,6 +16,7 @@ from .attribution.settlement.commands import settle_app
 from .attribution.witness_commands import witness_app
 from .bench.command import bench
 from .errors import OpenLoRAError
+from .network.anchor.command import anchor
 from .network.commands import network_app
 from .network.devnet_command import devnet
 from .serving.generate_command import generate
@@ -34,6 +35,7 @@ app.command()(stop)
 app.command()(generate)
 app.command()(bench)
 app.command()(devnet)
+settle_app.command()(anchor)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")

@@ -178,6 +178,15 @@ class SettlementDiffers(OpenLoRAError):
     exit_code = 11
 
 
+class LogConflict(OpenLoRAError):
+    """The receipt log is not what was anchored or signed of it: restored, copied or changed. Nothing goes on over it."""
+
+    code = "LOG_CONFLICT"
+    triton_code = "UNAVAILABLE"
+    http_status = 503
+    exit_code = 12
+
+
 def _subclasses(root: type[OpenLoRAError]) -> dict[str, type[OpenLoRAError]]:
     return {kind.code: kind for kind in root.__subclasses__()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from json import JSONDecodeError
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,7 +49,7 @@ def reaching(rpc_url: str) -> Iterator[None]:
         raise Unavailable(f"{place(rpc_url)}: {error}", retry_after_ms=RETRY_MS) from error
     except (BlockNotFound, TransactionNotFound) as error:
         raise Unavailable(f"{place(rpc_url)}: {error}", retry_after_ms=RETRY_MS) from error
-    except (requests.RequestException, Web3Exception, OSError) as error:
+    except (requests.RequestException, Web3Exception, JSONDecodeError, OSError) as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise Unavailable(f"no chain answers at {place(rpc_url)} ({cause:.160})", retry_after_ms=RETRY_MS) from error
 

@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from ..adapters.ingest import sync_directory
 from ..adapters.ingest_worker import IngestResult
 from ..adapters.printable import printable
 from ..adapters.sources import SourceLimits
+from ..attribution.chain_check import anchored_head
 from ..attribution.custody import settle_custody
 from ..attribution.witness_client import WitnessAddress, WitnessClient
 from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
@@ -66,7 +67,7 @@ class Launcher:
         self._install = find_tritonserver()
         if settings.network.deployment is not None:
             Deployment.load(settings.network.deployment)  # says so here if it can't be one
-        _settle_custody(self._state.root, settings.attribution.witnesses)
+        _settle_custody(self._state.root, settings)
         self._run = self._make_run(settings)
         self._run.save()
         self._base = BaseFacts(str(self._run.base.path), self._run.base.digest, settings.engine.max_rank)
@@ -386,11 +387,14 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _settle_custody(state_dir: Path, witnesses: Sequence[str]) -> None:
+def _settle_custody(state_dir: Path, settings: Settings) -> None:
     """A receipt log that was copied or restored must not sign what contradicts what it signed before."""
-    clients = [WitnessClient(WitnessAddress.parse(one)) for one in witnesses]
+    clients = [WitnessClient(WitnessAddress.parse(one)) for one in settings.attribution.witnesses]
+    observers = [client.newest for client in clients]
+    if settings.network.deployment is not None:
+        observers.append(anchored_head(state_dir))
     try:
-        settle_custody(state_dir, [client.newest for client in clients])
+        settle_custody(state_dir, observers)
     finally:
         for client in clients:
             client.close()
