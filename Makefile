@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo serve test soak bench bench-peers clean
+.PHONY: setup browser-tools demo serve test soak bench bench-peers clean
 
 KERNELS := backends/openlora_python/openlora/engine/kernels
 
@@ -19,6 +19,12 @@ $(VENV)/installed: requirements.lock pyproject.toml build_scripts/setup.sh
 $(KERNELS)/native.so: $(wildcard $(KERNELS)/*.cpp $(KERNELS)/*.h) $(KERNELS)/build.py $(VENV)/installed
 	$(BIN)/python -m openlora.engine.kernels.build || echo "setup: without native kernels" >&2
 
+# A browser, its driver from npm, and the packages that the page's vendored files come from.
+browser-tools: tests/browser/node_modules/installed
+
+tests/browser/node_modules/installed: tests/browser/package.json tests/browser/package-lock.json build_scripts/browser_tools.sh
+	bash build_scripts/browser_tools.sh
+
 demo: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python build_scripts/run_demo.py
@@ -27,7 +33,7 @@ serve: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/openlora serve --model var/demo/model --adapters var/demo/adapters
 
-test: setup
+test: setup browser-tools
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python build_scripts/get_perf_analyzer.py --out var/tools
 	$(BIN)/ruff check .
@@ -47,4 +53,4 @@ bench-peers: setup
 	$(BIN)/python benchmarks/peers/run.py --json var/peers.jsonl
 
 clean:
-	rm -rf $(VENV) var
+	rm -rf $(VENV) var tests/browser/node_modules

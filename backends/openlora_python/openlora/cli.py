@@ -14,6 +14,7 @@ from .adapters.routes_commands import routes_app
 from .attribution.commands import receipts_app
 from .bench.command import bench
 from .errors import OpenLoRAError
+from .explorer.commands import explore
 from .serving.generate_command import generate
 from .serving.keys_command import keys_app
 from .serving.serve_command import serve, stop
@@ -29,6 +30,7 @@ app.command()(serve)
 app.command()(stop)
 app.command()(generate)
 app.command()(bench)
+app.command()(explore)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")

@@ -1,0 +1,51 @@
+"""`openlora explore`: serve the page."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+from rich.console import Console
+
+from ..command_errors import reported
+from ..errors import InvalidArgument
+from .app import create_app
+from .settlement_view import SettlementView
+
+
+def explore(
+    state_dir: Annotated[Path, typer.Option(help="The server's state directory; it is only read.")] = Path("var"),
+    deployment: Annotated[Path | None, typer.Option(help="The contracts' deployment file, for settlement.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 9100,
+) -> None:
+    """Serve a page to look at: receipts, adapters and settlement, and a verifier that runs in the browser."""
+    with reported():
+        if not state_dir.is_dir():
+            raise InvalidArgument(f"no state directory at {state_dir}", field="state-dir")
+        view = SettlementView()
+        server = _Server(uvicorn.Config(create_app(state_dir, view), host, port, log_level="warning"))
+        with _reader(state_dir, deployment, view):
+            server.run()
+
+
+def _reader(state_dir: Path, deployment: Path | None, view: SettlementView) -> AbstractContextManager[object]:
+    if deployment is None:
+        return nullcontext()
+    from ..network.deployment import Deployment
+    from .settlement_reader import SettlementReader  # brings web3
+
+    return SettlementReader(state_dir, Deployment.load(deployment), view)
+
+
+class _Server(uvicorn.Server):
+    """Says where the page is once it is there."""
+
+    async def startup(self, sockets: list | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            Console(stderr=True).print(f"explorer at http://{host}:{port}/", highlight=False, soft_wrap=True)
