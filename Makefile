@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup chain-tools browser-tools contracts contracts-audit demo serve test soak bench bench-peers clean
+.PHONY: setup chain-tools browser-tools contracts contracts-audit demo network-demo serve test soak bench bench-peers clean
 
 KERNELS := backends/openlora_python/openlora/engine/kernels
 
@@ -46,6 +46,11 @@ tests/browser/node_modules/installed: tests/browser/package.json tests/browser/p
 demo: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python build_scripts/run_demo.py
+
+# A chain of this machine's own, and every step from a receipt to a reward on it.
+network-demo: setup chain-tools
+	$(BIN)/python build_scripts/make_demo.py --out var/demo
+	$(BIN)/python build_scripts/run_network_demo.py
 
 serve: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo

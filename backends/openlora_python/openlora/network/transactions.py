@@ -58,7 +58,7 @@ def prepare(web3: Web3, sender: str, call: ContractFunction | ContractConstructo
 
 
 def fees(web3: Web3) -> tuple[int, int]:
-    """Tip and limit in wei: twice the base fee and the tip, out of reach of five full blocks in a row."""
+    """Tip, and the most that is paid: twice the base fee, which five full blocks don't reach, and the tip. In wei."""
     base = web3.eth.get_block("latest")["baseFeePerGas"]
     tip = max(web3.eth.max_priority_fee, MIN_TIP)
     return tip, 2 * base + tip
