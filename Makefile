@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup chain-tools contracts contracts-audit demo network-demo serve test soak bench bench-peers clean
+.PHONY: setup chain-tools browser-tools contracts contracts-audit demo network-demo serve test soak bench bench-peers clean
 
 KERNELS := backends/openlora_python/openlora/engine/kernels
 
@@ -37,6 +37,12 @@ contracts-audit: chain-tools .venv-slither/installed
 	.venv-slither/bin/python -m pip --disable-pip-version-check install --quiet --no-input --requirement $<
 	touch $@
 
+# A browser, its driver from npm, and the packages that the page's vendored files come from.
+browser-tools: tests/browser/node_modules/installed
+
+tests/browser/node_modules/installed: tests/browser/package.json tests/browser/package-lock.json build_scripts/browser_tools.sh
+	bash build_scripts/browser_tools.sh
+
 demo: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python build_scripts/run_demo.py
@@ -50,7 +56,7 @@ serve: setup
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/openlora serve --model var/demo/model --adapters var/demo/adapters
 
-test: setup chain-tools
+test: setup chain-tools browser-tools
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python build_scripts/get_perf_analyzer.py --out var/tools
 	$(BIN)/ruff check .
@@ -70,4 +76,4 @@ bench-peers: setup
 	$(BIN)/python benchmarks/peers/run.py --json var/peers.jsonl
 
 clean:
-	rm -rf $(VENV) .venv-slither var contracts/node_modules contracts/out contracts/cache
+	rm -rf $(VENV) .venv-slither var contracts/node_modules tests/browser/node_modules contracts/out contracts/cache

@@ -247,9 +247,11 @@ def main() -> None:
 
     project = threading.Thread(target=project_usage, args=(state, say, seed, written.is_set, log_failed))
     project.start()
-    write_usage(state, say, seed, first, count, retain_seconds=-1)
-    written.set()
-    project.join()
+    try:
+        write_usage(state, say, seed, first, count, retain_seconds=-1)
+    finally:  # a journal that can't be opened ends both
+        written.set()
+        project.join()
 
 
 if __name__ == "__main__":

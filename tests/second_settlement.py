@@ -202,10 +202,12 @@ def read_parameters(document: str) -> dict[str, Any] | None:
     parts = [tree[name] for name in sorted(names) if name.endswith("_ppm")]
     if any(type(part) is not int or not 0 <= part <= MILLION for part in parts) or sum(parts) != MILLION:
         return None
-    if type(tree["max_age"]) is not int or not 0 <= tree["max_age"] < 2**53:
+    if type(tree["max_age"]) is not int or not 1 <= tree["max_age"] < 2**53:
         return None
     platform = tree["platform"]
     if not isinstance(platform, str) or not ADDRESS.fullmatch(platform) or checksummed(platform) != platform:
+        return None
+    if int(platform, 16) == 0:
         return None
     return tree
 
@@ -249,8 +251,14 @@ def read_blob(content: bytes, kind: str) -> Any:
     tag = f"openlora/{kind}/v1".encode()
     _is(content.startswith(tag))
     tree = json.loads(content[len(tag) :].decode())
-    _is(canonical(tree) == content[len(tag) :])
+    _is(canonical(tree) == content[len(tag) :] and depth(tree) <= 32)
     return tree
+
+
+def depth(tree: Any) -> int:
+    if not isinstance(tree, dict | list):
+        return 0
+    return 1 + max(map(depth, tree.values() if isinstance(tree, dict) else tree), default=0)
 
 
 def check_runtime(tree: Any) -> None:
@@ -395,10 +403,11 @@ def judge(chain: Chain, export: Export, index: int, anchor_block: int, seen: set
         check_runtime(runtime)
         check_adapters(adapters)
         check_terms(terms)
-        _is(len(contents[3]) == 128)
+        _is(len(contents[3]) == 128 and int.from_bytes(contents[3][32:64], "big") < 2**160)
         used = [adapter["digest"] for adapter in adapters["adapters"]]
         _is(terms["base"]["digest"] == receipt["baseModel"].hex())
-        _is([model["digest"] for model in terms["adapters"]] == used and len(set(used)) == len(used))
+        _is([model["digest"] for model in terms["adapters"]] == used)
+        _is(len({terms["base"]["digest"], *used}) == len(used) + 1)
     except (ValueError, UnicodeDecodeError):
         return "blob_invalid"
     chain_id, registry, block = (int.from_bytes(contents[3][place : place + 32], "big") for place in (0, 32, 64))

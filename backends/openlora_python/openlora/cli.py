@@ -16,6 +16,7 @@ from .attribution.settlement.commands import settle_app
 from .attribution.witness_commands import witness_app
 from .bench.command import bench
 from .errors import OpenLoRAError
+from .explorer.commands import explore
 from .network.anchor.command import anchor
 from .network.commands import network_app
 from .network.devnet_command import devnet
@@ -36,6 +37,7 @@ app.command()(generate)
 app.command()(bench)
 app.command()(devnet)
 settle_app.command()(anchor)
+app.command()(explore)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
 app.add_typer(receipts_app, name="receipts")

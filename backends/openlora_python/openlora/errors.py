@@ -179,7 +179,7 @@ class SettlementDiffers(OpenLoRAError):
 
 
 class LogConflict(OpenLoRAError):
-    """The receipt log is not what was anchored or signed of it: restored, copied or changed. Nothing goes on over it."""
+    """The receipt log is not what was anchored or signed of it: restored, copied or changed. Nothing goes over it."""
 
     code = "LOG_CONFLICT"
     triton_code = "UNAVAILABLE"

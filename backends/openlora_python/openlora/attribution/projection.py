@@ -51,7 +51,7 @@ class Projector:
 
         Not before: until a checkpoint covers them, journal segments are the other copy of what receipts say.
         """
-        if checkpointed >= self._log.size():
+        if 0 < checkpointed >= self._log.size():  # the journal may not be there before the first one
             self._projected_mark.publish(self._log.low_water)
 
     @property

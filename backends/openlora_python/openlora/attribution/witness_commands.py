@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from openlora.attribution.keys import load_key
 from openlora.attribution.log_key import load_known_logs
 from openlora.attribution.witness import Witness
-from openlora.attribution.witness_server import create_witness_app
 from openlora.command_errors import reported
 
 witness_app = typer.Typer(help="A witness of receipt logs.", no_args_is_help=True)
@@ -31,9 +29,13 @@ def serve(
     state_dir: Annotated[Path, typer.Option(help="What it saw. Never restore it from a copy.")],
     name: Annotated[str, typer.Option(help="The witness's name, of its own in the world.")] = "localhost/witness",
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 9100,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 9101,
 ) -> None:
     """Cosign checkpoints of known logs that are consistent with all that was seen before (C2SP tlog-witness)."""
+    import uvicorn
+
+    from openlora.attribution.witness_server import create_witness_app  # brings FastAPI
+
     with reported():
         private = Ed25519PrivateKey.from_private_bytes(load_key(key, create=True))
         with closing(Witness(state_dir, load_known_logs(known_logs), private, name)) as witness:
