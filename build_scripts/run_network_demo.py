@@ -39,7 +39,8 @@ DEPLOYMENT = DEVNET / "deployment.json"
 OWNERS = {"emoji": "owner-1", "json": "owner-2", "pirate": "owner-3", "shout": "owner-1", "sql": "owner-2"}
 BASE_OWNER = "owner-3"
 PROMPT = "Tell me about the cat."
-DEPOSIT = 10**9
+UNIT = 10**9  # of the token's smallest ones, which have 18 places
+DEPOSIT = 10**18
 WAIT_SECONDS = 120.0
 
 console = Console(highlight=False, soft_wrap=True)
@@ -69,11 +70,13 @@ def on_chain() -> tuple[str, str]:
 
 
 def owned_by(folder: Path, role: str) -> Path:
-    """The card of a model of the demo, with somebody of the devnet as its owner."""
+    """The card of a model of the demo, with somebody of the devnet as its owner, and prices in 10^-9 tokens."""
     card = json.loads((folder / "openlora.json").read_text())
+    prices = {part: str(card["prices"][part] * UNIT) for part in ("input", "output")}
     file = ROOT / "cards" / f"{folder.name}.json"
+    owner = devnet_account(ROLES.index(role)).address
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**card, "owner": devnet_account(ROLES.index(role)).address}))
+    file.write_text(json.dumps({**card, "owner": owner, "prices": {"version": 1, **prices}}))
     return file
 
 
