@@ -11,7 +11,7 @@ from openlora.attribution.file_identity import file_identity
 from openlora.attribution.frames import START, write_again
 from openlora.attribution.log_key import LogKey
 from openlora.errors import Internal, Unavailable
-from openlora.transaction import transaction
+from openlora.transaction import create_private, transaction
 
 _FIRST_TABLES = (
     # low_…: where in the journal the projection begins again after a restart
@@ -43,7 +43,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 def connect_to_write(path: Path) -> sqlite3.Connection:
     """Open or create the file. Internal: SQLite would not keep what is committed."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # it holds salts
+    create_private(path)  # it holds salts
     written_ahead = path.with_name(path.name + "-wal")
     if written_ahead.exists():
         write_again(written_ahead)

@@ -6,7 +6,6 @@ crash the same transaction is sent again and never a second one beside it.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from ...attribution.frames import sync_directory
 from ...errors import Internal
-from ...transaction import transaction
+from ...transaction import create_private, transaction
 from .fees import Fees, check_replacement
 
 OPEN, FINAL, REVERTED, DISPLACED = "open", "final", "reverted", "displaced"
@@ -104,7 +103,7 @@ class Outbox:
         """Open it, or make it. Internal: SQLite would not keep what is committed."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = not path.exists()
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        create_private(path)
         self._connection = sqlite3.connect(path, isolation_level=None, timeout=10.0)
         for name, value in {"journal_mode": "wal", "synchronous": 2, "fullfsync": 1}.items():  # 2 = FULL
             self._connection.execute(f"PRAGMA {name} = {value}")
