@@ -59,7 +59,9 @@ class Registry:
                 version = _Version(event.block, args["effectiveAt"], args["termsHash"])
                 self._models[account(args["owner"]), args["digest"]].terms.append(version)
             elif event.name == "ModelRevoked":
-                self._models[account(args["owner"]), args["digest"]].revoked = event.block
+                model = self._models[account(args["owner"]), args["digest"]]
+                if model.revoked is None:
+                    model.revoked = event.block
 
     def terms(self, owner: bytes, digest: bytes, block: BlockHeader) -> TermsInForce | None:
         """Of the model that `owner` (20 bytes) registered under a manifest digest; None: it is not in force."""
