@@ -25,9 +25,9 @@ from second_settlement import (
     settle_log,
     settled_sizes,
 )
-from settlement_cases import CaseLog, key_of, tree_root
+from settlement_cases import CaseLog, key_of, price_of, tree_root
 from test_settlement_live import RealChain
-from three_nodes import ERROR, Node, ThreeNodes
+from three_nodes import CLERKS_NEW_PRICE, ERROR, Node, ThreeNodes
 
 from openlora.errors import ContractRefused
 from openlora.network.contracts import EpochAllocation
@@ -99,11 +99,17 @@ def check_epoch(network: ThreeNodes, found: Books, epoch: int) -> None:
 
 
 class ForgedLog:
-    """A log on the real chain whose operator invents receipts over other people's models. Its deposit is `amount`."""
+    """A log on the real chain whose operator invents receipts over other people's models.
 
-    def __init__(self, network: ThreeNodes, amount: int) -> None:
+    Its deposit is a unit short of the `price` of three of them.
+    """
+
+    def __init__(self, network: ThreeNodes) -> None:
         devnet = self.devnet = network.devnet
-        self.network = network
+        documents = [terms_of(network.digests[name], network.cards[name]) for name in ("base", "poet", "clerk")]
+        self.models = [json.loads(document) for document in documents]
+        self.price = price_of({"base": self.models[0], "adapters": self.models[1:]}, 10, 20)
+        amount = 3 * self.price - 1
         self.operator = network.give_account("forger", amount)
         parameters = devnet.contracts.registry.contract.functions.parameters().call()[1]
         self.log = CaseLog(RealChain(devnet, parameters), "forger", register=False)  # type: ignore[arg-type]
@@ -118,10 +124,8 @@ class ForgedLog:
         send(self.devnet.web3, self.operator, call)
 
     def invent(self, **tokens: int) -> None:
-        base, poet, clerk = (
-            json.loads(terms_of(self.network.digests[name], self.network.cards[name]))
-            for name in ("base", "poet", "clerk")
-        )
+        """By default of 10 tokens and 20."""
+        base, poet, clerk = self.models
         self.log.serve(base, (poet, 700_000), (clerk, -300_000), changes=tokens)
 
     def anchor(self) -> None:
@@ -178,7 +182,7 @@ def test_a_second_epoch_adds_exactly_the_new_receipts(network: ThreeNodes) -> No
     network.change_terms()
     south.wait_for_chain()
     changed = south.ask([(poet, 1), (clerk, -2)])["blobs"]["terms"]
-    assert changed["adapters"][1]["output"] == "8000009"
+    assert changed["adapters"][1]["output"] == str(CLERKS_NEW_PRICE)
     assert changed["parameters"] == network.devnet.contracts.registry.contract.functions.parameters().call()[1].hex()
     exports = network.anchor_and_export()
     proposal = network.settle_epoch(exports)
@@ -198,8 +202,8 @@ def test_fabricated_receipts_spend_only_their_own_logs_deposit(network: ThreeNod
     north, _, _ = network.nodes
     devnet = network.devnet
     distributor, token = devnet.contracts.distributor, devnet.contracts.token
-    price = 10 * 1 + 20 * 2 + (10 * 3_000_000 + 20 * 5_000_001) // 10**6 + (10 * 2_000_003 + 20 * 8_000_009) // 10**6
-    forged = ForgedLog(network, 3 * price - 1)
+    forged = ForgedLog(network)
+    price = forged.price
     for _ in range(3):
         forged.invent()
     forged.invent(in_tokens=2**32 - 1, out_tokens=2**32 - 1)

@@ -36,8 +36,9 @@ from openlora_client import Adapters, NotFinite, OpenLoRAClient
 
 PROMPT = "the cat sat"
 LONG = 3000  # tokens: seconds of work, so that a client leaves in the middle
-DEPOSIT = 10**9
+DEPOSIT = 10**20
 GAS_MONEY = 10**18
+CLERKS_NEW_PRICE = 8 * 10**18 + 9
 COMPLETE, CANCELLED, ERROR = 1, 2, 3
 
 
@@ -49,6 +50,11 @@ def person(name: str) -> str:
 def data_set(name: str, ppm: int, **people: int) -> dict[str, Any]:
     contributors = [{"name": who, "address": person(who), "share_ppm": share} for who, share in people.items()]
     return {"id": name, "digest": "da" * 32, "licence": "MIT", "share_ppm": ppm, "contributors": contributors}
+
+
+def prices(input: int, output: int) -> dict[str, Any]:
+    """So high that the last digit of every share shows in what is paid."""
+    return {"version": 1, "input": str(input), "output": str(output)}
 
 
 @dataclass
@@ -166,10 +172,10 @@ class ThreeNodes:
         self._shapes = make_model(self.root / "model", config, torch.float32, seed=1)
         self.digests["base"] = model_manifest(self.root / "model").digest
         web = data_set("web", 1_000_000, cid=999_999, dan=1)
-        self._register("base", "owner-3", None, "openlora:base", 1_000_000, 2_000_000, [web])
-        self._publish("poet", "owner-1", 3_000_000, 5_000_001, [])
+        self._register("base", "owner-3", None, "openlora:base", 10**12, 2 * 10**12 + 1, [web])
+        self._publish("poet", "owner-1", 3 * 10**18, 5 * 10**18 + 1, [])
         people = [data_set("letters", 333_333, ann=600_000, bob=400_000), data_set("laws", 666_667, bob=1_000_000)]
-        self._publish("clerk", "owner-2", 999_999, 7_654_321, people)
+        self._publish("clerk", "owner-2", 10**18 - 1, 7_654_321 * 10**12 + 7, people)
         self._publish("overflow", "owner-2", 1, 1, [])
         for name in ("north", "south", "west"):
             self.nodes.append(Node(name, self._server(name), self))
@@ -236,7 +242,7 @@ class ThreeNodes:
     def change_terms(self) -> None:
         """Another price of the clerk and other parts for everybody, in force at the newest block."""
         registry, digest = self.devnet.contracts.registry, self.digests["clerk"]
-        card = {**self.cards["clerk"], "prices": {"version": 1, "input": 2_000_003, "output": 8_000_009}}
+        card = {**self.cards["clerk"], "prices": prices(2 * 10**18 + 3, CLERKS_NEW_PRICE)}
         self.cards["clerk"] = card
         self.devnet.send("owner-2", registry.publish_terms(bytes.fromhex(digest), terms_of(digest, card)))
         parts = {"platform": 123_456, "node": 200_001, "adapter": 400_000, "data": 199_999, "base": 76_544}
@@ -265,7 +271,7 @@ class ThreeNodes:
     def _register(
         self, name: str, role: str, base: str | None, uri: str, price_in: int, price_out: int, datasets: list[Any]
     ) -> None:
-        card = {**CARD, "prices": {"version": 1, "input": price_in, "output": price_out}, "datasets": datasets}
+        card = {**CARD, "prices": prices(price_in, price_out), "datasets": datasets}
         self.cards[name] = self.devnet.register(role, self.digests[name], base, name, uri, card)
         self.names[name] = f"{self.devnet.account(role).address}/{name}"
 
