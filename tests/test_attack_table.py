@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ATTACKS = 25  # those that we know of
+MARKS = "pytestmark"  # of all tests of a file
 _ROW = re.compile(r"\| (?P<number>\d+)(?P<part>[a-z]?) \| (?P<attack>[^|]+) \| (?P<answer>[^|]+) \|")
 _TEST = re.compile(r"`(?P<file>[\w./]+)::(?P<name>\w+)`")
 
@@ -26,7 +27,11 @@ def named_in(file: str) -> frozenset[str]:
     text = (ROOT / file).read_text()
     if file.endswith(".sol"):
         return frozenset(re.findall(r"\bfunction ((?:test|invariant)\w*)\s*\(", text))
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    tree = ast.parse(text)
+    of_all = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == MARKS]
+    if any("soak" in ast.unparse(mark.value) for mark in of_all):
+        return frozenset()
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     short = [one for one in functions if not any("soak" in ast.unparse(mark) for mark in one.decorator_list)]
     return frozenset(one.name for one in short if one.name.startswith("test_"))
 
@@ -35,6 +40,15 @@ def test_all_attacks_are_in_the_table() -> None:
     assert {int(row["number"]) for row in ROWS} == set(range(1, ATTACKS + 1))
     lines = [line for line in (ROOT / "docs" / "attacks.md").read_text().splitlines() if line.startswith("| ")]
     assert len(ROWS) == len(lines) - 2  # but for the head
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["fabricated receipts", "history rewritten between two anchors", "the publisher alone", "a queue of proposals"],
+)
+def test_what_decides_over_money_is_attacked(words: str) -> None:
+    (row,) = [row for row in ROWS if row["attack"].startswith(words)]
+    assert _TEST.search(row["answer"])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["number"] + row["part"])

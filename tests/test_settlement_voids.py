@@ -26,11 +26,14 @@ from settlement_cases import (
     Market,
     address_of,
     dataset,
+    key_of,
     model,
     reference,
     tree_root,
 )
 
+from openlora.attribution.keccak import keccak
+from openlora.attribution.receipt import RECEIPT_TYPE, sign_digest
 from openlora.attribution.settlement.books import open_books
 from openlora.attribution.settlement.facts import BlockHeader, ChainFacts
 from openlora.attribution.settlement.judge import REASONS
@@ -122,6 +125,27 @@ def test_signature_that_is_not_the_one_of_the_signer(market: Market) -> None:
     log.signatures[7] = b"\xff" * 64 + b"\x1b"
     log.signatures[8] = good[0]
     assert reasons(market) == [None] + ["signature"] * 8 + [None, "signature"]
+
+
+@pytest.mark.parametrize("what", ["version", "name", "log", "chain"])
+def test_signature_for_another_domain(market: Market, what: str) -> None:
+    """By the signer itself, over the same receipt, but for something else than this log's receipts of version 1."""
+    seq = market.serve()
+    names = [b"OpenLoRA Log" if what == "name" else b"OpenLoRA Receipt", b"2" if what == "version" else b"1"]
+    salt = b"\7" * 32 if what == "log" else market.log.log_id
+    fields = b"string name,string version,bytes32 salt" + (b",uint256 chainId" if what == "chain" else b"")
+    words = [keccak(b"EIP712Domain(" + fields + b")"), *map(keccak, names), salt]
+    domain = keccak(b"".join(words) + (CHAIN_ID.to_bytes(32, "big") if what == "chain" else b""))
+    digest = keccak(b"\x19\x01" + domain + keccak(keccak(RECEIPT_TYPE.encode()) + market.log.rows[seq]))
+    market.log.signatures[seq] = sign_digest(key_of("node signer"), digest)
+    only_second(market, "signature")
+
+
+def test_times_in_a_receipt_decide_nothing(market: Market) -> None:
+    """A node's clock can be wrong, or say what its operator likes."""
+    market.serve(changes={"started_at": 2**64 - 1, "ended_at": 0})
+    only_second(market, None)
+    assert judged(market).price_at(0) == judged(market).price_at(1) > 0
 
 
 @pytest.mark.parametrize("status", [3, 4])

@@ -302,6 +302,28 @@ contract RewardEpochsTest is RewardsBase {
         assertTrue(rewards.attestationDigest(1, ROOT, 1, only(logA, 0, 1, 1)) != here);
     }
 
+    /// @dev By enough attestors, over the pending epoch, but in another domain.
+    function test_attestations_of_another_domain_are_refused() public {
+        propose(ROOT, 1, only(logA, 0, 1, 1));
+        skip(DELAY);
+        (bytes32 pending,) = rewards.pending();
+        assertEq(digestInDomain("OpenLoRA Rewards", "1", block.chainid, address(rewards)), pending);
+        bytes32[4] memory others = [
+            digestInDomain("OpenLoRA Rewards", "2", block.chainid, address(rewards)),
+            digestInDomain("OpenLoRA Log", "1", block.chainid, address(rewards)),
+            digestInDomain("OpenLoRA Rewards", "1", block.chainid + 1, address(rewards)),
+            digestInDomain("OpenLoRA Rewards", "1", block.chainid, address(log))
+        ];
+        for (uint256 i = 0; i < others.length; ++i) {
+            bytes[] memory signatures = new bytes[](2);
+            signatures[0] = signed(attestorKey(0), others[i]);
+            signatures[1] = signed(attestorKey(1), others[i]);
+            address nobody = recovered(pending, signatures[0]);
+            expectAcceptFails(signatures, abi.encodeWithSelector(IRewardDistributor.NotAttestor.selector, nobody));
+        }
+        rewards.accept(1, ROOT, 1, only(logA, 0, 1, 1), attestations(2));
+    }
+
     function test_attestor_taken_from_its_role() public {
         propose(ROOT, 1, only(logA, 0, 1, 1));
         bytes[] memory signatures = attestations(2);
@@ -464,6 +486,26 @@ contract RewardEpochsTest is RewardsBase {
 
     function digestOf(uint256 epoch) private view returns (bytes32) {
         return rewards.attestationDigest(epoch, ROOT, 1, only(logA, 0, 1, 1));
+    }
+
+    /// @dev Of the epoch that these tests propose.
+    function digestInDomain(string memory name, string memory version, uint256 chainId, address verifier)
+        private
+        view
+        returns (bytes32)
+    {
+        bytes32 typeHash =
+            keccak256("EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)");
+        bytes32 domain =
+            keccak256(abi.encode(typeHash, keccak256(bytes(name)), keccak256(bytes(version)), chainId, verifier));
+        bytes memory allocationType = "Allocation(bytes32 logId,uint64 from,uint64 to,uint256 amount)";
+        bytes32 allocationHash = keccak256(abi.encode(keccak256(allocationType), logA, 0, 1, 1));
+        bytes memory attestationType = abi.encodePacked(
+            "Attestation(uint256 epoch,bytes32 root,uint256 total,Allocation[] allocations)", allocationType
+        );
+        bytes32 allocationsHash = keccak256(abi.encodePacked(allocationHash));
+        bytes32 structHash = keccak256(abi.encode(keccak256(attestationType), 1, ROOT, 1, allocationsHash));
+        return keccak256(abi.encodePacked(hex"1901", domain, structHash));
     }
 
     function recovered(bytes32 digest, bytes memory signature) private pure returns (address) {
