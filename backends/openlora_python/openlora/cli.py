@@ -18,6 +18,7 @@ from .bench.command import bench
 from .errors import OpenLoRAError
 from .network.commands import network_app
 from .network.devnet_command import devnet
+from .recipes.commands import engines_app
 from .serving.generate_command import generate
 from .serving.keys_command import keys_app
 from .serving.serve_command import serve, stop
@@ -36,6 +37,7 @@ app.command()(bench)
 app.command()(devnet)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
+app.add_typer(engines_app, name="engines")
 app.add_typer(receipts_app, name="receipts")
 app.add_typer(settle_app, name="settle")
 app.add_typer(keys_app, name="keys")
