@@ -20,7 +20,7 @@ from openlora.recipes.script import run_and_become, run_script, script_parser
 def plan(arguments: argparse.Namespace, recipe: Recipe, layout: Layout) -> list[Step]:
     hosts = group_hosts(os.environ) if arguments.group else tuple(filter(None, arguments.hosts.split(",")))
     scheduler = "slurm" if arguments.slurm else "mpi" if hosts else "none"
-    return launch_steps(recipe, layout, Cluster(scheduler, hosts, arguments.ssh_port), arguments.openlora)
+    return launch_steps(recipe, layout, Cluster(scheduler, hosts, arguments.ssh_port, arguments.ssh_keys), arguments.openlora)
 
 
 def main() -> int:
@@ -30,6 +30,7 @@ def main() -> int:
     where.add_argument("--slurm", action="store_true", help="inside an allocation: srun starts the ranks")
     where.add_argument("--group", action="store_true", help="the pods of this LeaderWorkerSet's group")
     parser.add_argument("--ssh-port", type=int, default=22, help="of sshd on the other machines")
+    parser.add_argument("--ssh-keys", type=Path, help="directory with id_ed25519 and known_hosts; default: the user's")
     parser.add_argument(
         "--openlora", default=str(Path(sys.executable).parent / "openlora"), help="the command to serve"
     )

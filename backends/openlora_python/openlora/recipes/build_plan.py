@@ -22,7 +22,6 @@ from .planner import TOKENS_PER_BLOCK
 from .recipe import Recipe
 
 QUANTIZATION_FORMATS = {"none": "full_prec", "fp8": "fp8", "int8-weight-only": "int8_wo", "nvfp4": "nvfp4"}
-SSH_OPTIONS = "-o StrictHostKeyChecking=accept-new -o BatchMode=yes"
 FORWARDED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "NCCL_SOCKET_IFNAME", "HF_HUB_OFFLINE")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # models are on a disk: no rank asks a hub
 HOST_WAIT_SECONDS = 1800
@@ -66,11 +65,23 @@ class Tools:
 
 @dataclass(frozen=True)
 class Cluster:
-    """How ranks on several machines are started. `hosts`, the leader first, for mpirun; srun knows its own."""
+    """How ranks on several machines are started. `hosts`, the leader first, for mpirun; srun knows its own.
+
+    `ssh_keys` holds `id_ed25519` and `known_hosts`; without it, ssh finds keys and hosts where the user has them.
+    """
 
     scheduler: Literal["none", "mpi", "slurm"] = "none"
     hosts: tuple[str, ...] = ()
     ssh_port: int = 22
+    ssh_keys: Path | None = None
+
+    @property
+    def ssh_options(self) -> str:
+        options = f"-p {self.ssh_port} -o BatchMode=yes"
+        if self.ssh_keys is None:
+            return options
+        keys = self.ssh_keys
+        return f"{options} -i {keys}/id_ed25519 -o UserKnownHostsFile={keys}/known_hosts -o StrictHostKeyChecking=yes"
 
 
 def quantize_steps(recipe: Recipe, layout: Layout, tools: Tools) -> list[Step]:
@@ -202,14 +213,14 @@ def _srun(nodes: int, per_node: int) -> tuple[str, ...]:
 def _mpirun(cluster: Cluster, world: int, per_node: int) -> tuple[str, ...]:
     places = ",".join(f"{host}:{per_node}" for host in cluster.hosts)
     forwarded = [word for name in FORWARDED for word in ("-x", name)]
-    remote = ("--mca", "plm_rsh_args", f"-p {cluster.ssh_port} {SSH_OPTIONS}")
+    remote = ("--mca", "plm_rsh_args", cluster.ssh_options)
     return ("mpirun", "-np", str(world), "--host", places, "--map-by", f"ppr:{per_node}:node", *remote, *forwarded)
 
 
 def _wait_command(cluster: Cluster) -> tuple[str, ...]:
     """Until the other machines let us in, or half an hour has passed."""
     asks = " && ".join(
-        f"until ssh -p {cluster.ssh_port} {SSH_OPTIONS} {shlex.quote(host)} true; do sleep 2; done"
+        f"until ssh {cluster.ssh_options} {shlex.quote(host)} true; do sleep 2; done"
         for host in cluster.hosts[1:]
     )
     return ("timeout", str(HOST_WAIT_SECONDS), "bash", "-c", asks or "true")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich.console import Console
 
 from ..command_errors import reported
@@ -40,9 +41,11 @@ def show_recipe(
     recipes: Folder = DEFAULT_FOLDER,
     gpu: Gpu = None,
     version: Version = None,
+    values: Annotated[bool, typer.Option("--values", help="Its entry in the Helm chart's values, as YAML.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a recipe needs of each GPU and of the host, and how many adapters fit."""
+    from .deployment import chart_values
     from .planner import plan_memory
     from .report import describe, memory_table
 
@@ -50,6 +53,9 @@ def show_recipe(
         recipe = find_recipe(name, recipes).retargeted(gpu, version)
         if as_json:
             typer.echo(json.dumps(describe(recipe)))
+            return
+        if values:
+            typer.echo(yaml.safe_dump({"engines": {recipe.name: chart_values(recipe)}}, sort_keys=False), nl=False)
             return
         console = Console()
         console.print(f"{recipe.name}: {recipe.summary}", markup=False, highlight=False)

@@ -30,8 +30,13 @@ class Layout:
     def engine(self, recipe: Recipe) -> Path:
         return self.made(recipe) / "engine"
 
+    @property
+    def launching(self) -> Path:
+        """What launching writes: the volume of models may be read-only then."""
+        return self.state / "recipes"
+
     def settings(self, recipe: Recipe) -> Path:
-        return self.made(recipe) / "settings.yaml"
+        return self.launching / f"{recipe.name}-{recipe.target.tensorrt_llm}.yaml"
 
     def served(self, recipe: Recipe) -> Path:
         """The Hugging Face directory that `openlora serve --model` names: of the engine path the base model's."""

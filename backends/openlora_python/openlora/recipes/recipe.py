@@ -140,7 +140,7 @@ def load_recipes(folder: Path = DEFAULT_FOLDER) -> list[Recipe]:
     Raises:
         InvalidArgument: there is none, or one of them is not right.
     """
-    files = sorted(folder.glob("*.yaml"))
+    files = sorted(folder.glob("*.yaml"), key=lambda file: file.stem)
     if not files:
         raise InvalidArgument(f"{folder} holds no recipe (*.yaml)", field="recipes")
     return [load_recipe(file) for file in files]

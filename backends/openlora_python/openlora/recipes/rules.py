@@ -183,7 +183,7 @@ def _adapters_with_parallelism(recipe: Recipe) -> Iterator[Finding]:
         # one; #2687 is that check failing on attn_k.
         yield _error(
             "adapters-on-copied-heads",
-            f"{shape.kv_heads} KV heads are copied to {parallel.tensor} GPUs: adapters of attn_k, attn_v can't be split",
+            f"{shape.kv_heads} KV heads are copied to {parallel.tensor} GPUs: adapters of them can't be split",
         )
     if parallel.pipeline > 1:
         # docs/source/features/feature-combination-matrix.md says yes for LoRA with pipeline parallelism; `_util.py`

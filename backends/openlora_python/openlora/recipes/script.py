@@ -63,11 +63,11 @@ def run_made(steps: Sequence[Step], recipe: Recipe, layout: Layout, notes: Conso
     run_steps(steps, layout.made(recipe), notes)
 
 
-def run_and_become(steps: Sequence[Step], recipe: Recipe, layout: Layout, notes: Console) -> None:
+def run_and_become(steps: Sequence[Step], _: Recipe, layout: Layout, notes: Console) -> None:
     """Run all but the last step, and become that one."""
     from .step_runner import become, run_steps
 
-    run_steps(steps[:-1], layout.made(recipe), notes)
+    run_steps(steps[:-1], layout.launching, notes)
     notes.print(f"{steps[-1].name}: {steps[-1].command[0]}", markup=False)
     sys.stderr.flush()
     become(steps[-1])
