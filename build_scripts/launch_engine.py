@@ -20,7 +20,8 @@ from openlora.recipes.script import run_and_become, run_script, script_parser
 def plan(arguments: argparse.Namespace, recipe: Recipe, layout: Layout) -> list[Step]:
     hosts = group_hosts(os.environ) if arguments.group else tuple(filter(None, arguments.hosts.split(",")))
     scheduler = "slurm" if arguments.slurm else "mpi" if hosts else "none"
-    return launch_steps(recipe, layout, Cluster(scheduler, hosts, arguments.ssh_port, arguments.ssh_keys), arguments.openlora)
+    cluster = Cluster(scheduler, hosts, arguments.ssh_port, arguments.ssh_keys)
+    return launch_steps(recipe, layout, cluster, arguments.openlora)
 
 
 def main() -> int:

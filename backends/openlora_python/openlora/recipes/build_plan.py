@@ -220,8 +220,7 @@ def _mpirun(cluster: Cluster, world: int, per_node: int) -> tuple[str, ...]:
 def _wait_command(cluster: Cluster) -> tuple[str, ...]:
     """Until the other machines let us in, or half an hour has passed."""
     asks = " && ".join(
-        f"until ssh {cluster.ssh_options} {shlex.quote(host)} true; do sleep 2; done"
-        for host in cluster.hosts[1:]
+        f"until ssh {cluster.ssh_options} {shlex.quote(host)} true; do sleep 2; done" for host in cluster.hosts[1:]
     )
     return ("timeout", str(HOST_WAIT_SECONDS), "bash", "-c", asks or "true")
 

@@ -264,21 +264,18 @@ def _memory_is_enough(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+SHAPE_RULES: tuple[Rule, ...] = (_modules_exist, _parallelism_divides)
 RULES: tuple[Rule, ...] = (
     _gpu_has_the_numbers,
     _path_exists,
     _path_has_the_quantization,
-    _parallelism_divides,
     _machines_are_enough,
-    _modules_exist,
-    _ranks_are_possible,
-    _adapter_numbers_fit,
     _adapters_with_parallelism,
     _family_takes_adapters,
     _graphs_are_right,
     _lengths_are_possible,
-    _memory_is_enough,
 )
+PLANNED_RULES: tuple[Rule, ...] = (_ranks_are_possible, _adapter_numbers_fit, _memory_is_enough)
 
 
 def check_recipe(recipe: Recipe) -> list[Finding]:
@@ -287,12 +284,12 @@ def check_recipe(recipe: Recipe) -> list[Finding]:
     Raises:
         InvalidArgument: GPU or version are not in the catalogue.
     """
-    gpu_named(recipe.target.gpu), version_named(recipe.target.tensorrt_llm)
-    findings = list(_modules_exist(recipe))
-    if not any(
-        finding.severity == "error" for finding in findings
-    ):  # sizes of modules that don't exist can't be planned
-        findings = [finding for rule in RULES for finding in rule(recipe)]
+    gpu_named(recipe.target.gpu)
+    version_named(recipe.target.tensorrt_llm)
+    findings = [finding for rule in SHAPE_RULES for finding in rule(recipe)]
+    can_be_planned = all(finding.severity != "error" for finding in findings)
+    for rule in (*RULES, *(PLANNED_RULES if can_be_planned else ())):
+        findings += rule(recipe)
     return sorted(findings, key=lambda finding: finding.severity)
 
 
