@@ -59,6 +59,7 @@ serve: setup
 test: setup chain-tools browser-tools
 	$(BIN)/python build_scripts/make_demo.py --out var/demo
 	$(BIN)/python build_scripts/get_perf_analyzer.py --out var/tools
+	$(BIN)/python build_scripts/get_helm.py --out var/tools
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not soak"
 

@@ -20,6 +20,7 @@ from .explorer.commands import explore
 from .network.anchor.command import anchor
 from .network.commands import network_app
 from .network.devnet_command import devnet
+from .recipes.commands import engines_app
 from .serving.generate_command import generate
 from .serving.keys_command import keys_app
 from .serving.serve_command import serve, stop
@@ -40,6 +41,7 @@ settle_app.command()(anchor)
 app.command()(explore)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
+app.add_typer(engines_app, name="engines")
 app.add_typer(receipts_app, name="receipts")
 app.add_typer(settle_app, name="settle")
 app.add_typer(keys_app, name="keys")
