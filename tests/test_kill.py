@@ -39,6 +39,7 @@ CLEAR = re.compile(
     r"|^UNAVAILABLE: |RST_STREAM|Stream removed|Internal error from Core"  # gRPC
     r"|^(ConnectError|ReadError|WriteError|RemoteProtocolError): "  # HTTP
 )
+RUNNING = "while this request ran"
 # And what Triton may say to those who come too late: a stub is dead already, or it is on its way out.
 TOO_LATE = re.compile(r"is not healthy|Server is stopping|has no available versions")
 
@@ -82,7 +83,8 @@ class Site:
             assert too_late or CLEAR.search(outcome.error), f"unclear: {outcome.error!r}"
         waits = [outcome.ended_at - max(outcome.started_at, killed_at) for outcome in told]
         worst = max(waits, default=0.0)
-        waited = sum(outcome.started_at < killed_at for outcome in told)
+        # A stop takes a moment until it is felt: by then another request may run than when it was asked for.
+        waited = sum(outcome.started_at < killed_at or RUNNING in outcome.error for outcome in told)
         words = Counter(re.sub(r"[0-9]+", "#", outcome.error)[:90] for outcome in told)
         print(f"\n{what}: {waited} clients waited, the last was told after {worst:.3f} s")
         for word, count in words.most_common():
