@@ -4,7 +4,8 @@ set -euo pipefail
 keys=${1:?directory with id_ed25519 and authorized_keys}
 port=${2:-2222}
 # mpirun's remote commands get sshd's environment, not this one.
-environment="PATH=$PATH LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-} OPAL_PREFIX=${OPAL_PREFIX:-}"
+environment="PATH=$PATH LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}"
+[ -z "${OPAL_PREFIX:-}" ] || environment="$environment OPAL_PREFIX=$OPAL_PREFIX"
 exec /usr/sbin/sshd -D -e -p "$port" \
   -o HostKey="$keys/id_ed25519" \
   -o AuthorizedKeysFile="$keys/authorized_keys" \

@@ -109,6 +109,12 @@ def test_an_adapter_fills_whole_pages() -> None:
     assert cache.allocated_bytes == 12 * 64 * 4 * 2
 
 
+def test_an_adapter_may_fill_a_page_to_its_last_slot() -> None:
+    cache = LoraCache((4, 4), layers=2, counted_layers=2, counted_modules=2, max_rank=32, adapters=1)
+    assert cache.slots_per_page == 32
+    assert [cache.pages_of(rank) for rank in (8, 9, 16, 32)] == [1, 2, 2, 4]
+
+
 def test_tensor_parallelism_splits_one_side_of_a_module() -> None:
     recipe = RECIPES["llama-3.3-70b-fp8-tp4-h100"]
     cache = lora_cache(recipe, stages(recipe)[0], recipe.lora.device_adapters)
