@@ -175,7 +175,7 @@ def balances() -> None:
     deployment = Deployment.load(DEPLOYMENT)
     contracts = contracts_of(deployment.connect(), deployment)
     who = {devnet_account(index).address: role for index, role in enumerate(ROLES)}
-    for folder in (DEMO / "adapters").iterdir():
+    for folder in (DEMO / "model", *(DEMO / "adapters").iterdir()):
         for dataset in json.loads((folder / "openlora.json").read_text())["datasets"]:
             for one in dataset["contributors"]:
                 who.setdefault(one["address"], f"{one['name']} ({dataset['id']})")
