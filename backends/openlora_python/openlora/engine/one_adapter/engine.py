@@ -218,6 +218,12 @@ class OneAdapterEngine:
             self._finish(live, "cancelled")
         else:
             live.task = asyncio.ensure_future(self._serve(live))
+            live.task.add_done_callback(lambda task: self._finish_unserved(live))
+
+    def _finish_unserved(self, live: _Live) -> None:
+        """A task that is cancelled before its first turn never gets one."""
+        if self._live.get(live.request.request_id) is live:
+            self._finish(live, "cancelled")
 
     def _cancel(self, request_id: str) -> None:
         live = self._live.get(request_id)
