@@ -61,8 +61,9 @@ MUTATIONS = {
     "an id is used again": Mutation(
         "one_adapter.placing", "return len(self._numbers) + 1", "return 1", "versions_under_one_name_do_not_mix"
     ),
-    "an id for a place in the request": Mutation(
-        "one_adapter.placing", "return len(self._numbers) + 1", "return 1 + len(name) % 2", ADAPTERS
+    "one id for all sums": Mutation(
+        "one_adapter.placing", "return len(self._numbers) + 1", "return len(self._numbers) + 1 if not staged else 99",
+        ADAPTERS,
     ),
     "errors of the iteration are not looked at": Mutation(
         "one_adapter.engine",
@@ -106,7 +107,8 @@ MUTATIONS = {
         "an_ensemble_may_not_outgrow_the_engine",
     ),
     "1.3 looked for where 1.2 has it": Mutation(
-        "tensorrt_llm_surface", '"tensorrt_llm._torch.peft.lora.config", ', "", ADAPTERS, "1.3"
+        "tensorrt_llm_surface", '"tensorrt_llm._torch.peft.lora.config", "tensorrt_llm.lora_helper"',
+        '"tensorrt_llm.lora_helper",', ADAPTERS, "1.3",
     ),
 }  # fmt: skip
 

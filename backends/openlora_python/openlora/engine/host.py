@@ -71,6 +71,7 @@ class EngineHost:
                     self._deliver(self._made.get())
                 else:
                     self._forget(source, poller)
+        self._report()  # not ready any more
 
     def _emitter(self) -> Callable[[list[EngineOutput]], None]:
         """What the engine calls once a step, on its own thread: sockets are not shared, so it has one of its own."""

@@ -103,6 +103,7 @@ class OneAdapterEngine:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._lock = threading.Lock()
         self._live: dict[str, _Live] = {}  # guarded by _lock
+        self._refused = 0  # of which nobody was told yet; guarded by _lock
         self._made: list[EngineOutput] = []
         self._emit: Emit | None = None
         self._last_finish, self._finish_interval = time.monotonic(), 0.1
@@ -141,7 +142,8 @@ class OneAdapterEngine:
     @property
     def ended(self) -> bool:
         """Everything that was accepted is answered, and nothing more will be."""
-        return self.ending and not self._live
+        with self._lock:
+            return self.ending and not self._live and not self._refused and not self._made
 
     def start(self, emit: Emit) -> None:
         self._emit = emit
@@ -155,9 +157,13 @@ class OneAdapterEngine:
         with self._lock:
             if request.request_id in self._live:
                 raise InvalidArgument(f"{request.request_id!r} is still running", field="request_id")
-            live = self._live[request.request_id] = _Live(request, time.monotonic())
-            waiting = len(self._live) - 1 - self._options.max_batch
-        self._loop.call_soon_threadsafe(self._begin, live, self._refusal(request, waiting))
+            live = _Live(request, time.monotonic())
+            refusal = self._refusal(request, len(self._live) - self._options.max_batch)
+            if refusal is None:
+                self._live[request.request_id] = live
+            else:
+                self._refused += 1
+        self._loop.call_soon_threadsafe(self._begin, live, refusal)
 
     def cancel(self, request_id: str) -> None:
         self._loop.call_soon_threadsafe(self._cancel, request_id)
@@ -213,7 +219,9 @@ class OneAdapterEngine:
 
     def _begin(self, live: _Live, refusal: OpenLoRAError | None) -> None:
         if refusal is not None:
-            self._finish(live, "error", refusal)
+            self._put(EngineOutput(live.request.request_id, [], "error", str(refusal)))
+            with self._lock:
+                self._refused -= 1
         elif live.cancelled:
             self._finish(live, "cancelled")
         else:
@@ -311,13 +319,13 @@ class OneAdapterEngine:
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        made, self._made = self._made, []
-        if self._emit is not None and made:
+        if self._emit is not None:
             try:
-                self._emit(made)
+                self._emit(self._made)
             except Exception as error:  # nobody can be told anything any more
                 _LOG.exception("outputs can't be delivered")
                 self.failed = error
+        self._made = []
 
     async def _close(self) -> None:
         tasks = [live.task for live in list(self._live.values()) if live.task is not None]
