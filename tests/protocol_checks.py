@@ -70,7 +70,9 @@ class Store:
         for seed in range(count):
             if not (self.root / f"more-{seed}").exists():
                 targets = ["q_proj", "up_proj"]
-                make_adapter(self.model_dir, self.root / f"more-{seed}", 50 + seed, r=1 + seed % 8, target_modules=targets)
+                make_adapter(
+                    self.model_dir, self.root / f"more-{seed}", 50 + seed, r=1 + seed % 8, target_modules=targets
+                )
         return [str(self.root / f"more-{seed}") for seed in range(count)]
 
 
@@ -295,7 +297,9 @@ def bad_adapters_are_refused_and_nobody_else_suffers(world: World) -> None:
             "model.layers.0.self_attn.q_proj.lora_B has shape (60, 4), (128, 4) is right",
         ),
         (
-            world.copy("all", lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)})),
+            world.copy(
+                "all", lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)})
+            ),
             "key base_model.model.lm_head.lora_A.weight matches no adaptable linear of the base model",
         ),
         (lost, "adapter_model.safetensors is missing"),

@@ -51,7 +51,9 @@ MUTATIONS = {
     "cumulative tokens for new ones": Mutation(
         "tensorrt_llm_engine", "list(made.token_ids_diff)", "list(made.token_ids)", ADAPTERS
     ),
-    "no lora_config": Mutation("tensorrt_llm_engine", "lora_config=_lora_config(names, room)", "lora_config=None", ADAPTERS),
+    "no lora_config": Mutation(
+        "tensorrt_llm_engine", "lora_config=_lora_config(names, room)", "lora_config=None", ADAPTERS
+    ),
     "the adapter as second positional argument": Mutation(
         "tensorrt_llm_engine",
         "sampling_params=self._parameters(request),\n            lora_request=",
@@ -144,9 +146,7 @@ def judge(engine: type, version: str, check: str, store: Store, scratch: Path) -
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("rule", MUTATIONS)
-def test_a_broken_rule_is_noticed(
-    rule: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_rule_is_noticed(rule: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mutation = MUTATIONS[rule]
     engine = load_engine(mutation, monkeypatch)
     with pytest.raises((Exception, asyncio.CancelledError)):

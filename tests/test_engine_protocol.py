@@ -43,7 +43,9 @@ def rig(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.T
             more = {"backend": "tensorrt", "engine_dir": engine_dir}
         with (
             fake_tensorrt_llm(version),
-            InProcessRig(TensorrtLlmEngine(store.model_dir, "0" * 64, stats_seconds=0.01, **OPTIONS, **more)) as running,
+            InProcessRig(
+                TensorrtLlmEngine(store.model_dir, "0" * 64, stats_seconds=0.01, **OPTIONS, **more)
+            ) as running,
         ):
             yield running
     else:

@@ -54,9 +54,7 @@ def vllm_settings(**engine: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def vllm_server(
-    demo: Path, demo_adapters: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveServer]:
+def vllm_server(demo: Path, demo_adapters: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     state = tmp_path_factory.mktemp("vllm") / "state"
     live = LiveServer(demo / "model", demo / "adapters", state, demo_adapters, vllm_settings())
     try:
@@ -67,7 +65,9 @@ def vllm_server(
 
 def document(live: LiveServer, request_id: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "openlora.cli", "receipts", "show", request_id, "--json"]
-    return json.loads(subprocess.run([*command, "--state-dir", str(live.state_dir)], check=True, capture_output=True).stdout)
+    return json.loads(
+        subprocess.run([*command, "--state-dir", str(live.state_dir)], check=True, capture_output=True).stdout
+    )
 
 
 @pytest.mark.timeout(900)
@@ -101,7 +101,11 @@ def test_vllm_streams_and_stops_at_words(vllm_server: LiveServer, prompts: list[
 def test_vllm_follows_guides(vllm_server: LiveServer) -> None:
     with OpenLoRAClient(vllm_server.grpc_url) as client:
         choice = client.generate(
-            "The cat", structured_outputs={"choice": ["red apple", "green pear"]}, temperature=3.0, max_tokens=30, seed=1
+            "The cat",
+            structured_outputs={"choice": ["red apple", "green pear"]},
+            temperature=2.0,
+            max_tokens=30,
+            seed=1,
         )
         assert choice.text in ("red apple", "green pear")
         digits = client.generate(
@@ -119,6 +123,8 @@ def test_vllm_errors_are_the_same(vllm_server: LiveServer, demo_adapters: list[s
             client.generate("The cat", [("nobody", 1.0)])
         with pytest.raises(InvalidArgument, match=r"adapters: ranks .* at most 64 fit into one adapter of this engine"):
             client.generate("The cat", [(name, 0.2) for name in demo_adapters])
+        with pytest.raises(InvalidArgument, match="temperature: 3 is too high, vLLM goes up to 2"):
+            client.generate("The cat", temperature=3.0)
         with pytest.raises(DeadlineExceeded, match="not finished in 1 ms"):
             client.generate("The cat", max_tokens=2000, timeout_ms=1, ignore_eos=True)
     with openai.OpenAI(base_url=f"{vllm_server.gateway_url}/v1", api_key="none", max_retries=0) as gateway:

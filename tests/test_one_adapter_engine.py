@@ -49,7 +49,9 @@ def test_the_same_content_has_one_id_and_other_content_another(store: Store, tmp
     place = placing(store, tmp_path / "staging").place
     a, b = use(store.adapters["all"]), use(store.adapters["some"])
     half_a, half_b = use(store.adapters["all"], 0.5), use(store.adapters["some"], 0.5)
-    numbers = [place(uses).number for uses in ([a], [b], [half_a], [half_a, half_b], [half_b, half_a], [a, half_b], [a])]
+    numbers = [
+        place(uses).number for uses in ([a], [b], [half_a], [half_a, half_b], [half_b, half_a], [a, half_b], [a])
+    ]
     assert numbers == [1, 2, 3, 4, 4, 5, 1]
     assert place([]) is None
 
@@ -69,7 +71,9 @@ def test_a_sum_is_exact(store: Store, tmp_path: Path) -> None:
     config = json.loads((placed / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 9 + 5
     assert all(tensor.shape[0 if ".lora_A." in key else 1] == 14 for key, tensor in made.items())
-    some, patterns = (load_file(Path(store.adapters[name]) / "adapter_model.safetensors") for name in ("some", "patterns"))
+    some, patterns = (
+        load_file(Path(store.adapters[name]) / "adapter_model.safetensors") for name in ("some", "patterns")
+    )
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
     expected = 1.25 * 3 / 3 * some[key.format("B")].astype(float) @ some[key.format("A")]
     expected -= 0.3 * 4 / 3 * patterns[key.format("B")].astype(float) @ patterns[key.format("A")]
@@ -134,7 +138,9 @@ def test_a_full_queue_says_when_to_come_back(store: Store) -> None:
             rig.submit(str(number), PROMPT, max_tokens=20)
         answers = [rig.wait(str(number)) for number in range(8)]
         refused = [answer.error for answer in answers if answer.finish_reason == "error"]
-        assert refused and all(error.startswith("[OVERLOADED] 3 requests are waiting retry_after_ms=") for error in refused)
+        assert refused and all(
+            error.startswith("[OVERLOADED] 3 requests are waiting retry_after_ms=") for error in refused
+        )
         assert [answer.finish_reason for answer in answers[:4]] == ["length"] * 4
 
 

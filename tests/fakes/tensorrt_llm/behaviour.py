@@ -249,7 +249,9 @@ class _Result:
         for token in set(self._tokens) if parameters.repetition_penalty else ():
             logits[token] *= parameters.repetition_penalty ** (1 if logits[token] < 0 else -1)
         for token in set(made):
-            logits[token] -= (parameters.presence_penalty or 0) + (parameters.frequency_penalty or 0) * made.count(token)
+            logits[token] -= (parameters.presence_penalty or 0) + (parameters.frequency_penalty or 0) * made.count(
+                token
+            )
         return logits
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,8 @@ class AdapterMemory:
     def _hf_names(self) -> list[str]:
         mapping = {
             "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_dense": "o_proj", "attn_qkv": "qkv_proj",
-            "mlp_h_to_4h": "gate_proj", "mlp_gate": "up_proj", "mlp_4h_to_h": "down_proj", "mlp_gate_up": "gate_up_proj",
+            "mlp_h_to_4h": "gate_proj", "mlp_gate": "up_proj", "mlp_4h_to_h": "down_proj",
+            "mlp_gate_up": "gate_up_proj",
             **self.lora_config.trtllm_modules_to_hf_modules,
         }  # fmt: skip
         return [mapping[name] for name in self.lora_config.lora_target_modules]

@@ -10,7 +10,9 @@ from pydantic import ConfigDict, create_model
 
 def config_class(name: str, fields: dict[str, Any]) -> type:
     """As their pydantic configs: an unknown field is an error."""
-    return create_model(name, __config__=ConfigDict(extra="forbid"), **{key: (Any, value) for key, value in fields.items()})
+    return create_model(
+        name, __config__=ConfigDict(extra="forbid"), **{key: (Any, value) for key, value in fields.items()}
+    )
 
 
 def parameter_class(name: str, fields: dict[str, Any]) -> type:

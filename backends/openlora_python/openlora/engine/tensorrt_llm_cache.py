@@ -45,7 +45,9 @@ def adapter_room(shapes: BaseShapes, known: Mapping[str, str], options: Tensorrt
     for name in options.lora_target_modules:
         if known.get(name) not in present:
             right = ", ".join(name for name, leaf in known.items() if leaf in present)
-            raise InvalidArgument(f"{name!r} is not in the base model, some of {right} are", field="lora_target_modules")
+            raise InvalidArgument(
+                f"{name!r} is not in the base model, some of {right} are", field="lora_target_modules"
+            )
     modules = options.lora_target_modules or tuple(name for name, leaf in known.items() if leaf in present)
     leaves = frozenset(known[name] for name in modules)
     counted = {*modules, *(name for name in AUTO_ADDED if known[name] in present)}

@@ -30,7 +30,9 @@ SURFACES = {
     (1, 1): Surface(("tensorrt_llm.lora_helper",), True, _MODULES),
     (1, 2): Surface(("tensorrt_llm.lora_helper",), True, _MODULES),
     (1, 3): Surface(
-        ("tensorrt_llm._torch.peft.lora.config", "tensorrt_llm.lora_helper"), False, {**_MODULES, "attn_qkv": "qkv_proj"}
+        ("tensorrt_llm._torch.peft.lora.config", "tensorrt_llm.lora_helper"),
+        False,
+        {**_MODULES, "attn_qkv": "qkv_proj"},
     ),
 }
 

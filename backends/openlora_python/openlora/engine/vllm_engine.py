@@ -22,6 +22,7 @@ from .one_adapter.placing import PlacedAdapter
 from .vllm_options import VllmOptions
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be built for
+MAX_TEMPERATURE = 2.0
 MEANINGS = (
     Meaning(r"EngineDead", Unavailable, None, 2000),
     Meaning(r"QueueOverflow|MaxQueuedTokens|RetryableRequest", Overloaded, None, 1000),
@@ -113,6 +114,10 @@ class VllmBackend:
 
     def check(self, request: EngineRequest) -> None:
         guide, sampling = request.sampling.guide, request.sampling
+        if sampling.temperature > MAX_TEMPERATURE:
+            raise InvalidArgument(
+                f"{sampling.temperature:g} is too high, vLLM goes up to {MAX_TEMPERATURE:g}", field="temperature"
+            )
         if guide is None:
             return
         if not self._has_tokenizer:

@@ -93,8 +93,7 @@ class OneAdapterEngine:
     then `ended` is true and whoever hosts the engine replaces it. `failed` is why it can't go on at all.
     """
 
-    def __init__(
-        self, model_dir: str, base_digest: str, options: OneAdapterOptions) -> None:
+    def __init__(self, model_dir: str, base_digest: str, options: OneAdapterOptions) -> None:
         self.failed: Exception | None = None
         self.ending = False
         self._options = options
@@ -110,9 +109,7 @@ class OneAdapterEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
-        opened: Future[Backend] = asyncio.run_coroutine_threadsafe(
-            self._open(model_dir, base_digest), self._loop
-        )
+        opened: Future[Backend] = asyncio.run_coroutine_threadsafe(self._open(model_dir, base_digest), self._loop)
         try:
             self._backend = opened.result()
         except BaseException:

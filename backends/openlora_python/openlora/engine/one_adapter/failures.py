@@ -37,5 +37,3 @@ def told(error: BaseException, meanings: Sequence[Meaning]) -> OpenLoRAError:
         if re.search(meaning.pattern, f"{name}: {words}", re.IGNORECASE):
             return meaning.kind(words[:400], field=meaning.field, retry_after_ms=meaning.retry_after_ms)
     return Internal(f"{name}: {words[:400]}")
-
-
