@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -159,14 +160,16 @@ class HostedRig(Rig):
                 return self
             if self.process.poll() is not None:
                 break
+        words = self.log.read_text()[-4000:]
         self.__exit__()
-        raise RuntimeError(f"no engine: {self.log.read_text()[-4000:]}")
+        raise RuntimeError(f"no engine: {words}")
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait(60)
         self._closing.set()
         self._thread.join()
+        shutil.rmtree(self._directory)
 
     def assert_alive(self) -> None:
         assert self.process.poll() is None, f"the engine died: {self.log.read_text()[-4000:]}"

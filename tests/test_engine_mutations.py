@@ -69,7 +69,7 @@ MUTATIONS = {
     ),
     "errors of the iteration are not looked at": Mutation(
         "one_adapter.engine",
-        'self._finish(live, "error", told(error, self._backend.meanings))',
+        'self._finish(live, "error", self._told(live, error))',
         'self._finish(live, "stop")',
         "bad_adapters_are_refused_and_nobody_else_suffers",
     ),

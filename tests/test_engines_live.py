@@ -112,7 +112,7 @@ def test_vllm_follows_guides(vllm_server: LiveServer) -> None:
             "The cat", [("json", 1.0)], structured_outputs={"regex": "[0-9]{4}"}, max_tokens=20, ignore_eos=True
         )
         assert digits.text.isdigit() and len(digits.text) == 4
-        with pytest.raises(InvalidArgument):
+        with pytest.raises(InvalidArgument, match="structured_outputs: "):
             client.generate("The cat", structured_outputs={"regex": "a("}, max_tokens=5)
         assert client.generate("The cat", max_tokens=2).usage.output_tokens == 2
 
@@ -158,6 +158,21 @@ def test_receipts_name_vllm(vllm_server: LiveServer) -> None:
 
 
 @pytest.mark.timeout(900)
+def test_when_vllm_dies_its_requests_are_told_and_a_new_one_starts(vllm_server: LiveServer) -> None:
+    engine = server_processes(vllm_server.launcher_pid)["engine"]
+    call = Stream(vllm_server).start(
+        {"text_input": "The cat", "max_tokens": 1500, "stream": True, "sampling_parameters": '{"ignore_eos": true}'}
+    )
+    call.arrived()
+    for process in engine.children(recursive=True):
+        process.kill()
+    assert call.wait().error.startswith("[ENGINE_RESTARTED] ")
+    _next_engine(vllm_server, engine)
+    with OpenLoRAClient(vllm_server.grpc_url) as client:
+        assert _ask_until_served(client, "pirate").usage.output_tokens == 6
+
+
+@pytest.mark.timeout(900)
 def test_nothing_of_vllm_outlives_its_launcher(vllm_server: LiveServer) -> None:
     """Its own processes, two below the engine's, go with a launcher that is killed. Last: it ends the server."""
     engine = server_processes(vllm_server.launcher_pid)["engine"]
@@ -175,20 +190,22 @@ def test_a_spent_engine_is_replaced_and_nobody_notices_but_for_a_moment(
     """Through Triton: refused as overloaded, then served by a new engine; what ran meanwhile ended as it should."""
     monkeypatch.setenv("PYTHONPATH", str(FAKES))
     monkeypatch.setenv("FAKE_TENSORRT_LLM", "1.2")
-    engine = {"kind": "tensorrt_llm", "max_rank": 64, "tensorrt_llm": {"max_ensembles": 1}}
+    engine = {"kind": "tensorrt_llm", "max_rank": 12, "tensorrt_llm": {"max_ensembles": 1}}
     live = small_server(tmp_path, {"a": ["chat"], "b": ["code"]}, {"engine": engine, "restart": {"attempts": 1}})
     del live.settings["engine"]["kv_cache_tokens"]
     try:
         live.start()
         before = server_processes(live.launcher_pid)["engine"]
         with OpenLoRAClient(live.grpc_url) as client:
-            first = client.generate("hello", [("a", 0.5)], max_tokens=6, temperature=0)
+            with pytest.raises(InvalidArgument, match=r"adapters: ranks 8 \+ 8 make 16, at most 12 fit"):
+                client.generate("hello", [("a", 0.5), ("b", 0.5)])
+            first = client.generate("hello", [("a", 0.5)], max_tokens=6, temperature=0, ignore_eos=True)
             for number in range(3):  # three lives, though the launcher gives up a part that dies twice
                 with pytest.raises(Overloaded, match="is being replaced") as caught:
                     client.generate("hello", [("a", 0.25 - number / 100)], max_tokens=6, temperature=0)
                 assert caught.value.retry_after_ms == 5000
                 before = _next_engine(live, before)
-                again = _ask_until_served(client)
+                again = _ask_until_served(client, "a")
                 assert again.token_ids == first.token_ids
         runtime = document(live, again.request_id)["blobs"]["runtime"]
         assert (runtime["engine"], "tensorrt_llm 1.2.1" in runtime["version"]) == ("tensorrt_llm", True)
@@ -203,15 +220,15 @@ def _next_engine(live: LiveServer, before: psutil.Process) -> psutil.Process:
     while (found := server_processes(live.launcher_pid).get("engine", before)) == before:
         assert time.monotonic() < until, "no new engine"
         time.sleep(0.1)
-    live.wait_ready()
+    live.wait_ready(START_SECONDS)
     return found
 
 
-def _ask_until_served(client: OpenLoRAClient) -> Any:
+def _ask_until_served(client: OpenLoRAClient, adapter: str) -> Any:
     """The stub hears of the new engine a moment after the launcher does."""
     for _ in range(200):
         try:
-            return client.generate("hello", [("a", 0.5)], max_tokens=6, temperature=0)
+            return client.generate("hello", [(adapter, 0.5)], max_tokens=6, temperature=0, ignore_eos=True)
         except OpenLoRAError as error:
             assert error.code == "UNAVAILABLE", error
     raise AssertionError("the new engine is not heard of")

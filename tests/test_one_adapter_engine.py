@@ -12,6 +12,7 @@ import pytest
 from engine_rig import InProcessRig
 from fake_tensorrt_llm import fake_tensorrt_llm
 from protocol_checks import OPTIONS, PROMPT, Store
+from recipe_cases import RECIPES
 from safetensors.numpy import load_file
 from tiny_models import digest_of, make_adapter, use
 
@@ -29,6 +30,9 @@ from openlora.engine.tensorrt_llm_engine import MEANINGS, TensorrtLlmEngine
 from openlora.engine.tensorrt_llm_options import TensorrtLlmOptions
 from openlora.engine.tensorrt_llm_surface import SURFACES
 from openlora.errors import InvalidArgument, UnsupportedModel
+from openlora.recipes.deployment import serve_settings
+from openlora.recipes.layout import Layout
+from openlora.recipes.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +251,16 @@ def test_settings_of_an_engine_are_checked_by_name() -> None:
         EngineSettings(kind="vllm", vllm={"dtype": "float16"})
     with pytest.raises(InvalidArgument, match="host_adapters: 3 is too small, at least max_adapters = 8 is right"):
         options_of(OneAdapterOptions, {"host_adapters": 3})
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_the_engine_takes_what_a_recipe_gives_it(recipe: Recipe) -> None:
+    given = serve_settings(recipe, Layout())["engine"]
+    settings = EngineSettings.model_validate(given)
+    options = options_of(TensorrtLlmOptions, settings.tensorrt_llm)
+    assert {name: getattr(options, name) for name in given["tensorrt_llm"]} == given["tensorrt_llm"]
+    assert set(options.lora_target_modules) <= SURFACES[1, 2].lora_modules.keys()
+    assert (settings.max_rank, settings.one_adapter) == (recipe.lora.max_rank, True)
 
 
 def test_a_failing_read_is_not_remembered(store: Store, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import InvalidArgument, Overloaded, Unavailable
+from ..errors import EngineRestarted, InvalidArgument, Overloaded
 from .api import EngineInfo, EngineRequest, Guide, TokenLogprob
 from .one_adapter.engine import Backend, Counts, OneAdapterEngine, Step
 from .one_adapter.failures import Meaning
@@ -24,7 +24,7 @@ from .vllm_options import VllmOptions
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be built for
 MAX_TEMPERATURE = 2.0
 MEANINGS = (
-    Meaning(r"EngineDead", Unavailable, None, 2000),
+    Meaning(r"EngineDead", EngineRestarted, None, 2000, "vLLM died while this request ran"),
     Meaning(r"QueueOverflow|MaxQueuedTokens|RetryableRequest", Overloaded, None, 1000),
     Meaning(r"structured.output|grammar|json schema|regex|choice|guidance", InvalidArgument, "guide"),
     Meaning(r"prompt .*(longer|exceed)|maximum (model|context) length", InvalidArgument, "prompt"),

@@ -254,9 +254,15 @@ class OneAdapterEngine:
         except Exception as error:
             if not isinstance(error, OpenLoRAError):
                 _LOG.error("request %s", request.request_id, exc_info=error)
-            self._finish(live, "error", told(error, self._backend.meanings))
+            self._finish(live, "error", self._told(live, error))
         else:
             self._finish(live, reason)
+
+    def _told(self, live: _Live, error: Exception) -> OpenLoRAError:
+        typed, guide = told(error, self._backend.meanings), live.request.sampling.guide
+        if typed.field == "guide" and guide is not None:
+            typed.field = guide.field  # what the client called it
+        return typed
 
     async def _run(self, live: _Live) -> str:
         """Its finish reason, which the output with its last tokens does not have: that one comes from `_finish`."""

@@ -18,6 +18,7 @@ class Meaning(NamedTuple):
     kind: type[OpenLoRAError]
     field: str | None = None
     retry_after_ms: int | None = None
+    words: str = ""  # to tell instead of the engine's own
 
 
 COMMON = (
@@ -35,5 +36,7 @@ def told(error: BaseException, meanings: Sequence[Meaning]) -> OpenLoRAError:
     name = type(cause).__name__
     for meaning in (*meanings, *COMMON):
         if re.search(meaning.pattern, f"{name}: {words}", re.IGNORECASE):
-            return meaning.kind(words[:400], field=meaning.field, retry_after_ms=meaning.retry_after_ms)
+            return meaning.kind(
+                meaning.words or words[:400], field=meaning.field, retry_after_ms=meaning.retry_after_ms
+            )
     return Internal(f"{name}: {words[:400]}")
