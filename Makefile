@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup chain-tools browser-tools contracts contracts-audit demo network-demo serve test soak bench bench-peers clean
+.PHONY: setup chain-tools browser-tools contracts contracts-audit demo network-demo serve test test-vllm soak bench bench-peers clean
 
 KERNELS := backends/openlora_python/openlora/engine/kernels
 
@@ -62,6 +62,12 @@ test: setup chain-tools browser-tools
 	$(BIN)/python build_scripts/get_helm.py --out var/tools
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not soak"
+
+# vLLM for the CPU in an environment of its own (3.4 GB), and the tests that need it; `make test` skips them without it.
+test-vllm: setup
+	$(BIN)/python build_scripts/make_demo.py --out var/demo
+	$(BIN)/python benchmarks/peers/environments.py var/peers/vllm
+	$(BIN)/python -m pytest -k vllm tests/test_engine_protocol.py tests/test_engines_live.py
 
 soak: setup chain-tools
 	$(BIN)/python build_scripts/make_demo.py --out var/demo

@@ -76,7 +76,7 @@ class LiveServer:
     def launcher_pid(self) -> int:
         return self.process.pid
 
-    def start(self) -> LiveServer:
+    def start(self, ready_seconds: float = READY_SECONDS) -> LiveServer:
         """Start and wait until `/readyz` says yes."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         config = self.state_dir / "test.yaml"
@@ -93,7 +93,7 @@ class LiveServer:
             start_new_session=True,
         )
         log.close()
-        self.wait_ready()
+        self.wait_ready(ready_seconds)
         return self
 
     def readiness(self) -> dict[str, Any]:

@@ -146,6 +146,7 @@ class Answer:
         self.finish_reason = ""
         self.error = ""
         self.cached_tokens = 0
+        self.outputs = 0
 
 
 class Engine:

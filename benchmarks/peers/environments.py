@@ -56,3 +56,7 @@ def _call(command: list[str]) -> None:
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()
         raise EnvironmentMissing(f"{' '.join(command[1:])}: {words[-1] if words else f'status {done.returncode}'}")
+
+
+if __name__ == "__main__":
+    print(vllm(Path(sys.argv[1]), Console(stderr=True)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -20,6 +20,9 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from .engine.one_adapter.options import OneAdapterOptions
+from .engine.tensorrt_llm_options import TensorrtLlmOptions
+from .engine.vllm_options import VllmOptions
 from .errors import InvalidArgument
 from .serving.access_rule import AccessRule, chain_address
 
@@ -30,8 +33,26 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# Of engines that take one adapter per request: what they have in common with the embedded one is set for all of them.
+_SHARED = ("dtype", "quantization", "max_model_len", "max_batch", "max_waiting", "max_step_tokens", "max_adapters",
+           "max_rank", "prefix_cache", "threads", "staging_dir")  # fmt: skip
+# They reserve `max_adapters` times `max_rank` on the device, whatever the adapters' ranks are.
+_ONE_ADAPTER_DEFAULTS = {"max_adapters": 8, "max_rank": 64, "max_step_tokens": 8192}
+
+
+def _options(kind: type[OneAdapterOptions]) -> AfterValidator:
+    def check(given: dict[str, Any]) -> dict[str, Any]:
+        for name in _SHARED:
+            if name in given:
+                raise ValueError(f"{name} is set with all engines' settings, as engine.{name}")
+        TypeAdapter(kind).validate_python(given)
+        return given
+
+    return AfterValidator(check)
+
+
 class EngineSettings(_Section):
-    kind: Literal["torch"] = "torch"
+    kind: Literal["torch", "vllm", "tensorrt_llm"] = "torch"
     python: Path | None = None  # interpreter of the engine process; default: this one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "int8", "int8-weight-only"] = "none"
@@ -48,6 +69,19 @@ class EngineSettings(_Section):
     prefix_cache: Literal["per_caller", "shared", "off"] = "per_caller"  # shared: timing tells of others' prompts
     prefill_stretch: float = Field(default=1.9, gt=1.0, le=100.0)  # how much longer prompts may make a decoding step
     hang_seconds: float = Field(default=30.0, gt=0)  # no step for so long with work queued: killed and restarted
+    vllm: Annotated[dict[str, Any], _options(VllmOptions)] = {}
+    tensorrt_llm: Annotated[dict[str, Any], _options(TensorrtLlmOptions)] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_kind(cls, given: Any) -> Any:
+        one_adapter = isinstance(given, dict) and given.get("kind", "torch") != "torch"
+        return {**_ONE_ADAPTER_DEFAULTS, **given} if one_adapter else given
+
+    @property
+    def one_adapter(self) -> bool:
+        """Whether the engine takes one adapter per request, so that ranks of several add up."""
+        return self.kind != "torch"
 
 
 class Limits(_Section):

@@ -104,6 +104,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
     max_rank: int
     max_adapters: int  # device slots: distinct adapters in one step
+    one_adapter: bool = False  # a request has one adapter, its ensembles are written out: ranks add up to max_rank
 
 
 class AdapterStats(msgspec.Struct, frozen=True):
@@ -149,6 +150,9 @@ class Engine(Protocol):
     """An engine owns batching, KV cache and adapters. Calls are thread-safe and return at once."""
 
     info: EngineInfo
+    failed: Exception | None  # why it can't go on: whoever hosts it replaces it
+    ending: bool  # it takes no new requests …
+    ended: bool  # … and has answered all it took: whoever hosts it replaces it
 
     def start(self, emit: Emit) -> None:
         """Start the step loop."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .api import Engine, EngineOutput, EngineRequest
 from .wire import Cancel, EngineConfig, Figures, Hello, Outputs, Report, Submit, ToEngine, Welcome
 
 REPORT_SECONDS = 1.0
+LINGER_MS = 2000  # for the last outputs
 # Where the engine computes on the CPU, tritonserver and its stubs share its cores: they have little to do, at once.
 NICENESS = 5
 
@@ -50,13 +52,13 @@ class EngineHost:
         self._client_pids: dict[int, tuple[int, bytes]] = {}  # pidfd -> (pid, client)
 
     def run(self) -> None:
-        """Serve until the process ends."""
+        """Serve until the process ends, or the engine has."""
         self._engine.start(self._emitter())
         poller = zmq.Poller()
         poller.register(self._clients, zmq.POLLIN)
         poller.register(self._news, zmq.POLLIN)
         next_report = 0.0
-        while True:
+        while not self._engine.ended or not self._made.empty():
             if time.monotonic() >= next_report:
                 self._report()
                 next_report = time.monotonic() + REPORT_SECONDS
@@ -69,6 +71,7 @@ class EngineHost:
                     self._deliver(self._made.get())
                 else:
                     self._forget(source, poller)
+        self._report()  # not ready any more
 
     def _emitter(self) -> Callable[[list[EngineOutput]], None]:
         """What the engine calls once a step, on its own thread: sockets are not shared, so it has one of its own."""
@@ -139,11 +142,10 @@ class EngineHost:
         self._clients.send_multipart([client, self._encoder.encode(message)])
 
     def _report(self) -> None:
-        failed = getattr(self._engine, "failed", None)
-        if failed is not None:
-            raise RuntimeError(f"the engine stopped: {failed}")  # the launcher starts a new one
         stats = self._engine.stats()
-        self._status.send(self._encoder.encode(Report("engine", os.getpid(), True, stats=stats)))
+        if self._engine.failed is not None:
+            raise RuntimeError(f"the engine stopped: {self._engine.failed}")  # the launcher starts a new one
+        self._status.send(self._encoder.encode(Report("engine", os.getpid(), not self._engine.ending, stats=stats)))
         for _, client in self._client_pids.values():
             self._send(client, Figures(stats))
 
@@ -158,14 +160,32 @@ def load_engine(config: EngineConfig) -> Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         return TorchEngine(config.model_dir, config.base_digest, **config.options)
+    if config.kind == "vllm":
+        from .vllm_engine import VllmEngine
+
+        return VllmEngine(config.model_dir, config.base_digest, **config.options)
+    if config.kind == "tensorrt_llm":
+        from .tensorrt_llm_engine import TensorrtLlmEngine
+
+        return TensorrtLlmEngine(config.model_dir, config.base_digest, **config.options)
     raise ValueError(f"no engine {config.kind!r}")
 
 
 def main() -> None:
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineConfig)
-    exit_with(config.launcher_pid)
+    exit_with(config.launcher_pid, whole_session=True)
     os.nice(NICENESS)  # before any thread is made
-    EngineHost(load_engine(config), config).run()
+    engine = load_engine(config)
+    host = EngineHost(engine, config)
+    if config.kind == "torch":  # has neither processes nor files to clear away
+        host.run()
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        host.run()
+        zmq.Context.instance().destroy(linger=LINGER_MS)
+    finally:
+        engine.shutdown()
 
 
 if __name__ == "__main__":

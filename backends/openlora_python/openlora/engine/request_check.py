@@ -34,5 +34,5 @@ def check_request(request: EngineRequest, info: EngineInfo) -> None:
     if not all(sampling.bad_words):
         raise InvalidArgument("a word has no tokens", field="bad_words")
     distinct = len({use.digest for use in request.adapters})
-    if distinct > info.max_adapters:
+    if not info.one_adapter and distinct > info.max_adapters:
         raise InvalidArgument(f"{distinct} adapters, at most {info.max_adapters} fit", field="adapters")

@@ -45,6 +45,8 @@ class TorchEngine:
     watches it.
     """
 
+    ending = ended = False
+
     def __init__(
         self,
         model_dir: str,

@@ -38,6 +38,7 @@ from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
 from ..network.deployment import Deployment
 from .base_model import read_base_model
+from .engine_options import engine_options
 from .fetch_wire import FetcherConfig
 from .health import HealthServer
 from .parent_watch import remove_shared_memory
@@ -179,7 +180,8 @@ class Launcher:
     def _buried(self, process: KeptProcess) -> None:
         """A child of ours ended, or was killed."""
         status = process.reap()
-        log.error("%s ended with status %d", process.name, status)
+        spent = process is self._engine and status == 0  # it answered all that it took, and asks to be replaced
+        log.log(logging.INFO if spent else logging.ERROR, "%s ended with status %d", process.name, status)
         if process is self._engine:
             self._engine_ready = False
         elif process is self._fetcher:
@@ -189,7 +191,10 @@ class Launcher:
             self._stubs.drop()
         elif process is self._gateway:
             self._gateway_ready = False
-        process.plan_restart()
+        if spent:
+            process.replace()
+        else:
+            process.plan_restart()
 
     def _end_server(self, why: str) -> None:
         """Whoever hangs on it is told by its end, and a new one starts."""
@@ -243,7 +248,6 @@ class Launcher:
 
     def _engine_command(self) -> Command:
         engine, run = self._run.settings.engine, self._run
-        names = "dtype device quantization max_batch max_step_tokens kv_cache_tokens max_adapters max_rank"
         config = EngineConfig(
             kind=engine.kind,
             model_dir=str(run.base.path),
@@ -252,16 +256,7 @@ class Launcher:
             status_socket=run.socket("status"),
             launcher_pid=run.launcher_pid,
             threads=engine.threads,
-            options={
-                "max_model_len": run.base.max_model_len,
-                "quantized_dir": str(run.state_dir / "quantized"),
-                # Generation counts, and refuses; of what it accepted the engine refuses nothing.
-                "max_waiting": engine.max_batch + engine.max_waiting,
-                "prefix_cache": engine.prefix_cache != "off",
-                "prefill_stretch": engine.prefill_stretch,
-                "host_adapter_bytes": engine.host_adapter_bytes,
-                **{name: getattr(engine, name) for name in names.split()},
-            },
+            options=engine_options(run),
         )
         file = run.run_dir / "engine.json"
         file.write_bytes(msgspec.json.encode(config))

@@ -11,8 +11,11 @@ from pathlib import Path
 SERVER_EXIT_SECONDS = 2.0
 
 
-def exit_with(pid: int) -> None:
+def exit_with(pid: int, *, whole_session: bool = False) -> None:
     """Watch process `pid` from a thread of our own, and end at once when it is gone.
+
+    With `whole_session` a process that leads its session takes everything in it along: some engines have processes
+    that would outlive it.
 
     A pidfd, not `PR_SET_PDEATHSIG`, which fires when the parent's forking *thread* ends.
     """
@@ -23,6 +26,8 @@ def exit_with(pid: int) -> None:
 
     def watch() -> None:
         _wait_for_exit([process])
+        if whole_session and os.getsid(0) == os.getpid():
+            os.killpg(os.getpgrp(), signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name=f"watch-{pid}", daemon=True).start()

@@ -82,6 +82,10 @@ class KeptProcess:
         self._process = self.pidfd = None
         return status
 
+    def replace(self) -> None:
+        """It ended as it should: another one is due at once, and this was no failure."""
+        self._start_at = time.monotonic()
+
     def plan_restart(self) -> None:
         """At once the first time; then after 1, 2, 4 … seconds.
 

@@ -21,6 +21,7 @@ from ..attribution.blobs import NO_PARAMETERS, terms_blob
 from ..attribution.card import Card, parse_card
 from ..config import RunConfig
 from ..engine.api import AdapterUse, Sampling
+from ..engine.one_adapter.rank_sum import check_rank_sum
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 from .access import AccessPolicy
 from .adapter_spec import AdapterSpec, parse_adapters
@@ -114,6 +115,8 @@ class ResolverStep:
         digests = [record.digest for _, record in records]
         if len(set(digests)) != len(digests):
             raise InvalidArgument("two of the names are the same adapter", field="adapters")
+        if self._run.settings.engine.one_adapter:
+            check_rank_sum([record.rank for _, record in records], self._run.settings.engine.max_rank)
         return self._office.issue(
             Ticket(
                 kind="generate",

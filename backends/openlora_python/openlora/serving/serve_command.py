@@ -37,7 +37,7 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(help="Triton metrics. Default 8002")] = None,
     health_port: Annotated[int | None, typer.Option(help="/readyz and /livez. Default 8003")] = None,
     gateway_port: Annotated[int | None, typer.Option(help="OpenAI-compatible gateway. Default 9000")] = None,
-    engine: Annotated[str | None, typer.Option(help="torch")] = None,
+    engine: Annotated[str | None, typer.Option(help="torch (embedded), vllm or tensorrt_llm")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16")] = None,
     quantization: Annotated[
         str | None, typer.Option(help="none, int8 (weights and activations) or int8-weight-only")

@@ -1,0 +1,298 @@
+"""TensorRT-LLM's `LLM` behind our protocol, versions 1.1 to 1.3: `openlora serve --engine tensorrt_llm`.
+
+Its traps, each of which a test holds against a fake that has them: arguments by keyword only; a result is one object
+that changes with every step; without `lora_config` a request's adapter is ignored in silence; an id means the first
+weights that came with it for ever; modules that it was not told of are skipped with a warning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import AdapterInvalid, InvalidArgument, NotFinite, Overloaded, Unavailable, UnsupportedModel
+from .api import EngineInfo, EngineRequest, Guide, TokenLogprob
+from .one_adapter.engine import Backend, Counts, OneAdapterEngine, Step
+from .one_adapter.failures import Meaning
+from .one_adapter.options import options_of
+from .one_adapter.placing import PlacedAdapter
+from .tensorrt_llm_cache import AdapterRoom, adapter_room
+from .tensorrt_llm_options import TensorrtLlmOptions
+from .tensorrt_llm_surface import Names, import_names
+
+MEANINGS = (
+    Meaning(r"LoRA task \d+ not found in cache", Unavailable, None, 1000),
+    Meaning(r"PEFT Cache is full|no done tasks to evict", Overloaded, None, 1000),
+    Meaning(r"Not enough space allocated to (host|device) LoRA cache", InvalidArgument, "engine.max_adapters"),
+    Meaning(r"must have both lora_weights and lora_keys|lora_task_id must be set", AdapterInvalid),
+    Meaning(r"lora weights to be the same data type", AdapterInvalid),
+    Meaning(r"lora module \S+ not enabled", AdapterInvalid),
+    Meaning(r"lora_weights has to few values", AdapterInvalid),
+    Meaning(r"low_rank must be smaller|exceeds? .*max_lora_rank", AdapterInvalid),
+    Meaning(r"prompt length|max_num_tokens|max_seq_len", InvalidArgument, "prompt"),
+    Meaning(r"logprobs", InvalidArgument, "logprobs"),
+    Meaning(r"guided|grammar", InvalidArgument, "guide"),
+    Meaning(r"shut ?down|executor.*(died|stopped)", Unavailable, None, 2000),
+    Meaning(r"logits.*(nan|inf)\b", NotFinite),
+)
+
+
+class TensorrtLlmEngine(OneAdapterEngine):
+    """`engine.api.Engine` over `tensorrt_llm.LLM`; options are those of `TensorrtLlmOptions`."""
+
+    def __init__(self, model_dir: str, base_digest: str, **options: Any) -> None:
+        super().__init__(model_dir, base_digest, options_of(TensorrtLlmOptions, options))
+
+    async def open_backend(self, model_dir: str, base_digest: str) -> Backend:
+        return TensorrtLlmBackend(model_dir, base_digest, self._options, self._shapes)
+
+
+class TensorrtLlmBackend:
+    meanings = MEANINGS
+
+    def __init__(self, model_dir: str, base_digest: str, options: TensorrtLlmOptions, shapes: Any) -> None:
+        _check(options)
+        self._names = names = import_names(built_engine=options.backend == "tensorrt")
+        self._has_tokenizer = Path(model_dir, "tokenizer.json").is_file()
+        room = adapter_room(shapes, names.surface.lora_modules, options)
+        shapes.restrict(room.leaves)
+        config = json.loads(Path(model_dir, "config.json").read_text())
+        longest = config.get("text_config", config).get("max_position_embeddings")
+        self.info = EngineInfo(
+            engine="tensorrt_llm",
+            version=f"openlora {__version__}, tensorrt_llm {names.version}, {options.backend}",
+            base_digest=base_digest,
+            dtype=_dtype(options, config),
+            quantization=_quantization(model_dir),
+            device="cuda",
+            max_model_len=min(options.max_model_len or longest, longest),
+            vocab_size=config.get("text_config", config)["vocab_size"],
+            max_rank=options.max_rank,
+            max_adapters=room.max_loras,
+            one_adapter=True,
+        )
+        if options.backend == "tensorrt":
+            arguments = self._built_engine_arguments(model_dir, options)
+        else:
+            arguments = self._arguments(model_dir, options)
+        self._llm = names.llm(
+            **arguments, lora_config=_lora_config(names, room), peft_cache_config=_peft_cache_config(names, room)
+        )
+        self._counts = Counts()
+        self._following = asyncio.ensure_future(self._follow(options.stats_seconds))
+
+    @property
+    def failure(self) -> Exception | None:
+        return None  # a dead executor answers every request with an error, and the launcher sees no step
+
+    def check(self, request: EngineRequest) -> None:
+        sampling, guide = request.sampling, request.sampling.guide
+        if request.priority:
+            raise InvalidArgument(f"TensorRT-LLM has none, 0 is right, got {request.priority}", field="priority")
+        if sampling.bad_words:
+            raise InvalidArgument("TensorRT-LLM takes words, and only with its own tokenizer", field="bad_words")
+        if guide is not None and not self._has_tokenizer:
+            raise InvalidArgument("the model has no tokenizer.json, which structured output needs", field=guide.field)
+        if guide is not None and guide.kind == "choice":
+            raise InvalidArgument("TensorRT-LLM has no guide of the kind 'choice'", field=guide.field)
+
+    async def generate(self, request: EngineRequest, adapter: PlacedAdapter | None) -> AsyncIterator[Step]:
+        # By keyword: the third positional argument is the adapter in some versions and `streaming` in old examples.
+        result = self._llm.generate_async(
+            list(request.prompt),
+            sampling_params=self._parameters(request),
+            lora_request=None if adapter is None else self._lora_request(adapter),
+            streaming=True,
+            cache_salt=request.cache_salt or None,
+        )
+        finished = False
+        try:
+            async for output in result:
+                made = output.outputs[0]
+                self._counts.steps += 1
+                finished = bool(output.finished)
+                reason = made.finish_reason or ""
+                if reason not in ("", "stop", "length"):
+                    raise RuntimeError(f"TensorRT-LLM ended the request with {reason!r}")
+                # Copies: the next step changes this very object.
+                token_ids = list(made.token_ids_diff)
+                yield Step(token_ids, reason, self._logprobs(request, token_ids, made), output.cached_tokens or 0)
+        finally:
+            if not finished:
+                result.abort()
+
+    def counts(self) -> Counts:
+        return self._counts
+
+    async def close(self) -> None:
+        self._following.cancel()
+        await asyncio.get_running_loop().run_in_executor(None, self._llm.shutdown)
+
+    def _arguments(self, model_dir: str, options: TensorrtLlmOptions) -> dict[str, Any]:
+        """Of the PyTorch backend. `quant_config` is none of them, whatever the manual shows."""
+        arguments: dict[str, Any] = {
+            "model": model_dir,
+            "dtype": options.dtype,
+            "skip_tokenizer_init": not self._has_tokenizer,
+            "tensor_parallel_size": options.tensor_parallel_size,
+            "pipeline_parallel_size": options.pipeline_parallel_size,
+            "max_batch_size": options.max_batch,
+            "max_num_tokens": options.max_step_tokens,
+            "max_seq_len": self.info.max_model_len,
+            "enable_chunked_prefill": options.enable_chunked_prefill,
+            "enable_iter_perf_stats": True,
+            "kv_cache_config": self._names.kv_cache_config(
+                enable_block_reuse=options.prefix_cache,
+                free_gpu_memory_fraction=options.free_gpu_memory_fraction,
+                max_gpu_total_bytes=options.kv_cache_bytes or 0,
+                dtype=options.kv_cache_dtype,
+            ),
+        }
+        if self._has_tokenizer:
+            arguments["guided_decoding_backend"] = "llguidance"
+        if not options.cuda_graph:
+            arguments["cuda_graph_config"] = None
+        return arguments
+
+    def _built_engine_arguments(self, model_dir: str, options: TensorrtLlmOptions) -> dict[str, Any]:
+        """Parallelism, lengths and precision are the built engine's own."""
+        return {
+            "model": options.engine_dir,
+            "tokenizer": model_dir if self._has_tokenizer else None,
+            "skip_tokenizer_init": not self._has_tokenizer,
+            "enable_lora": True,
+            "max_batch_size": options.max_batch,
+            "max_num_tokens": options.max_step_tokens,
+            "enable_chunked_prefill": options.enable_chunked_prefill,
+            "gather_generation_logits": True,  # for log-probabilities
+            "kv_cache_config": self._names.kv_cache_config(
+                enable_block_reuse=options.prefix_cache, free_gpu_memory_fraction=options.free_gpu_memory_fraction
+            ),
+        }
+
+    def _lora_request(self, adapter: PlacedAdapter) -> Any:
+        return self._names.lora_request(lora_name=adapter.name, lora_int_id=adapter.number, lora_path=adapter.path)
+
+    def _parameters(self, request: EngineRequest) -> Any:
+        sampling = request.sampling
+        room = self.info.max_model_len - len(request.prompt)
+        ends = [*sampling.eos_token_ids, *sampling.stop_token_ids]
+        given: dict[str, Any] = {
+            "max_tokens": min(sampling.max_tokens, room),
+            "end_id": -1,  # ours are stop tokens, so that they are part of the answer
+            "pad_id": 0,
+            "stop_token_ids": ends or None,
+            "include_stop_str_in_output": True,
+            "detokenize": False,
+            "temperature": sampling.temperature,
+            "top_k": 1 if sampling.temperature == 0 else sampling.top_k or None,
+            "top_p": None if sampling.temperature == 0 or sampling.top_p == 1 else sampling.top_p,
+            "min_p": sampling.min_p or None,
+            "min_tokens": min(sampling.min_tokens, sampling.max_tokens, room) or None,
+            "repetition_penalty": None if sampling.repetition_penalty == 1 else sampling.repetition_penalty,
+            "presence_penalty": sampling.presence_penalty or None,
+            "frequency_penalty": sampling.frequency_penalty or None,
+            "seed": sampling.seed,
+            "logprobs": None if sampling.logprobs is None else max(1, sampling.logprobs),
+            "guided_decoding": None if sampling.guide is None else self._guide(sampling.guide),
+        }
+        return self._names.sampling_params(**{name: value for name, value in given.items() if value is not None})
+
+    def _guide(self, guide: Guide) -> Any:
+        kind = self._names.guided_decoding_params
+        match guide.kind:
+            case "json":
+                return kind(json_object=True)
+            case "json_schema":
+                return kind(json=guide.text)
+            case "regex":
+                return kind(regex=guide.text)
+        return kind(grammar=guide.text)
+
+    def _logprobs(self, request: EngineRequest, token_ids: list[int], made: Any) -> list[TokenLogprob] | None:
+        wanted = request.sampling.logprobs
+        if wanted is None:
+            return None
+        found = []
+        for token, candidates in zip(token_ids, made.logprobs_diff, strict=True):
+            ranked = sorted(candidates.items(), key=lambda item: -item[1].logprob)
+            top = tuple((other, one.logprob) for other, one in ranked[:wanted])
+            found.append(TokenLogprob(token, candidates[token].logprob, top))
+        return found
+
+    async def _follow(self, seconds: float) -> None:
+        """Take over its statistics as they come; what a version does not tell stays as it is."""
+        while True:
+            async for told in self._llm.get_stats_async(timeout=seconds):
+                figures = json.loads(told) if isinstance(told, str) else told
+                blocks = figures.get("kvCacheStats") or {}
+                self._counts.running = figures.get("numActiveRequests", self._counts.running)
+                self._counts.waiting = figures.get("numQueuedRequests", self._counts.waiting)
+                self._counts.kv_blocks_used = blocks.get("usedNumBlocks", self._counts.kv_blocks_used)
+                self._counts.kv_blocks_total = blocks.get("maxNumBlocks", self._counts.kv_blocks_total)
+            await asyncio.sleep(seconds)
+
+
+def _check(options: TensorrtLlmOptions) -> None:
+    if options.quantization != "none":
+        raise InvalidArgument(
+            f"{options.quantization!r} is not made here: give a checkpoint that ModelOpt has quantized, with 'none'",
+            field="quantization",
+        )
+    if (options.backend == "tensorrt") != (options.engine_dir is not None):
+        raise InvalidArgument("the backend 'tensorrt', and no other, takes a built engine", field="engine_dir")
+    if options.backend == "tensorrt" and options.kv_cache_dtype != "auto":
+        raise InvalidArgument("a built engine has its own, 'auto' is right", field="kv_cache_dtype")
+
+
+def _lora_config(names: Names, room: AdapterRoom) -> Any:
+    """Always given: without it every adapter is ignored in silence."""
+    return _make(
+        names.lora_config,
+        lora_target_modules=list(room.modules),
+        trtllm_modules_to_hf_modules={name: names.surface.lora_modules[name] for name in room.modules},
+        max_lora_rank=room.max_rank,
+        max_loras=room.max_loras,
+        max_cpu_loras=room.max_cpu_loras,
+    )
+
+
+def _peft_cache_config(names: Names, room: AdapterRoom) -> Any:
+    return _make(
+        names.peft_cache_config,
+        num_device_module_layer=room.device_module_layers,
+        num_host_module_layer=room.host_module_layers,
+        optimal_adapter_size=min(8, room.max_rank),
+        max_adapter_size=room.max_rank,
+    )
+
+
+def _make(kind: type, **given: Any) -> Any:
+    """An instance, where the class has these fields: a dataclass in some versions, pydantic's in others.
+
+    Raises:
+        UnsupportedModel: naming a field that this version lacks.
+    """
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(kind.model_fields)
+    if missing := sorted(given.keys() - known):
+        raise UnsupportedModel(f"{kind.__name__} of this build of tensorrt_llm has no field {missing[0]}")
+    return kind(**given)
+
+
+def _dtype(options: TensorrtLlmOptions, config: dict[str, Any]) -> str:
+    if options.dtype != "auto":
+        return options.dtype
+    return config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+
+
+def _quantization(model_dir: str) -> str:
+    """As ModelOpt has written it beside the checkpoint."""
+    file = Path(model_dir, "hf_quant_config.json")
+    if not file.is_file():
+        return "none"
+    return str(json.loads(file.read_text()).get("quantization", {}).get("quant_algo") or "none").lower()
