@@ -151,13 +151,13 @@ def test_every_claim_is_the_sum_over_the_receipts(network: ThreeNodes) -> None:
     for node in network.nodes:
         node.ask()
         node.ask(poet)
-        node.ask([(poet, 0.7), (clerk, -0.3)], tokens=9)
+        node.ask([(poet, 0.7), (clerk, -0.35)], tokens=9)  # thirds: shares that have to be rounded
     north.leave(clerk)
     north.fail()
     north.ask(clerk)
     south.fail()
     south.ask([(clerk, -1.5), (poet, 0)])
-    south.leave([(clerk, 0.25), (poet, -0.75)])
+    south.leave([(clerk, 0.25), (poet, -0.45)])
     west.leave()
     west.ask(clerk, tokens=17)
     west.fail()
