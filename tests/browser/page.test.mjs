@@ -83,6 +83,7 @@ test('a receipt is found by number, by request id, and by adapter', async () => 
   await page.waitForURL(/#\/receipts\/77$/);
   await search('hAiKu');
   await page.waitForURL(/#\/adapters\?wanted=hAiKu$/);
+  await page.getByRole('heading', { name: 'Adapters' }).waitFor(); // until then the view before it is there, with links of that name
   await page.locator('main table').getByRole('link', { name: 'haiku' }).click();
   await page.waitForURL(/#\/receipts\?adapter=[0-9a-f]{64}$/);
   await page.getByText('Only those with adapter').waitFor();
