@@ -32,7 +32,7 @@ from openlora.errors import ChainMismatch, ContractRefused
 from openlora.network.anchor.fees import GWEI, FeePolicy
 from openlora.network.anchor.outbox import DISPLACED, FINAL, OPEN, REVERTED
 from openlora.network.anchor.worker import Phase
-from openlora.network.contracts import EpochAllocation, contracts_of
+from openlora.network.contracts import contracts_of
 from openlora.network.deployment import Deployment
 from openlora.network.transactions import send
 
@@ -280,7 +280,7 @@ def test_reorg_of_an_accept(case: AnchorCase, undo: Callable[[Anvil, int], None]
     send(web3, OWNER, on.distributor.deposit(case.key.log_id, 1_000))
     allocation = Allocation(case.key.log_id, 0, 5, 600)
     proposal = Proposal(on.distributor.epoch() + 1, bytes(32), 600, (allocation,))
-    values = (proposal.root, proposal.total, [EpochAllocation(case.key.log_id, 0, 5, 600)])
+    values = (proposal.root, proposal.total, [Allocation(case.key.log_id, 0, 5, 600)])
     send(web3, PUBLISHER, on.distributor.propose(*values))
     case.chain.rpc("evm_increaseTime", 10)
     case.chain.mine()

@@ -20,7 +20,6 @@ from settlement_cases import BASE, FRENCH, ZERO32, CaseLog, canonical, key_of, m
 from openlora.attribution.settlement.chain_state import Allocation, Proposal
 from openlora.attribution.settlement.facts import BlockHeader
 from openlora.network.chain_facts import read_facts
-from openlora.network.contracts import EpochAllocation
 
 PRICE = 70 + 19  # 10 and 20 tokens of the two models
 DEPOSIT = 10 * PRICE
@@ -289,7 +288,7 @@ def test_nobody_attests_a_proposal_that_is_wrong(network: Network, what: str) ->
     else:
         cheaper = replace(allocation, amount=allocation.amount - 1)
         wrong = replace(wrong, allocations=(cheaper,), total=wrong.total - 1)
-    words = [EpochAllocation(*one.words) for one in wrong.allocations]
+    words = [Allocation(*one.words) for one in wrong.allocations]
     chain.send("publisher", chain.contracts.distributor.propose(wrong.root, wrong.total, words))
     out = network.directory / "wrong.json"
     says = "the root is 0707" if what == "root" else f"cost {allocation.amount}, not {allocation.amount - 1}"

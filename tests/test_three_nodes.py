@@ -29,8 +29,8 @@ from settlement_cases import CaseLog, key_of, price_of, tree_root
 from test_settlement_live import RealChain
 from three_nodes import CLERKS_NEW_PRICE, ERROR, Node, ThreeNodes
 
+from openlora.attribution.settlement.chain_state import Allocation
 from openlora.errors import ContractRefused
-from openlora.network.contracts import EpochAllocation
 from openlora.network.registration import registration_signature
 from openlora.network.transactions import send
 
@@ -228,7 +228,7 @@ def test_fabricated_receipts_spend_only_their_own_logs_deposit(network: ThreeNod
     # What is left of them nobody pays for, not even if the publisher says so.
     logs = [word for export in exports for word in ("--export", str(export))]
     assert "nothing to settle" in network.refused("propose", "publisher", *logs)
-    allocation = EpochAllocation(forged.log.log_id, 2, 3, price)
+    allocation = Allocation(forged.log.log_id, 2, 3, price)
     proposal = distributor.propose(bytes(32), distributor.totals().total + price, [allocation])
     with pytest.raises(ContractRefused, match="InsufficientDeposit"):
         devnet.send("publisher", proposal)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..attribution.log_key import LogKey
+from ..attribution.settlement.chain_state import Allocation
 from .artifacts import load_artifact
 from .deployment import Deployment
 from .rpc import reaching
@@ -102,18 +103,6 @@ class AttributionLog(_Bound):
 
 
 @dataclass(frozen=True)
-class EpochAllocation:
-    log_id: bytes
-    start: int  # `from` on the chain
-    stop: int  # `to`
-    amount: int
-
-    @property
-    def words(self) -> tuple[bytes, int, int, int]:
-        return self.log_id, self.start, self.stop, self.amount
-
-
-@dataclass(frozen=True)
 class Totals:
     total: int
     claimed: int
@@ -130,11 +119,11 @@ class RewardDistributor(_Bound):
     def deposit(self, log_id: bytes, amount: int) -> ContractFunction:
         return self._change("deposit", log_id, amount)
 
-    def propose(self, root: bytes, total: int, allocations: Sequence[EpochAllocation]) -> ContractFunction:
+    def propose(self, root: bytes, total: int, allocations: Sequence[Allocation]) -> ContractFunction:
         return self._change("propose", root, total, [one.words for one in allocations])
 
     def accept(
-        self, epoch: int, root: bytes, total: int, allocations: Sequence[EpochAllocation], signatures: Sequence[bytes]
+        self, epoch: int, root: bytes, total: int, allocations: Sequence[Allocation], signatures: Sequence[bytes]
     ) -> ContractFunction:
         return self._change("accept", epoch, root, total, [one.words for one in allocations], list(signatures))
 

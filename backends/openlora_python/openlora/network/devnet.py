@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from eth_account.signers.local import LocalAccount
 
 from ..errors import ChainMismatch, OpenLoRAError, Unavailable
+from ..serving.state_dir import lock_holder
 from .contracts import Contracts, contracts_of
 from .deploy import DeploymentPlan, deploy
 from .deployment import DEVNET_CHAIN_ID, Deployment, connect, is_loopback
@@ -170,17 +171,7 @@ def stop_devnet(state_dir: Path) -> int:
 
 def running_pid(state_dir: Path) -> int | None:
     """The devnet that holds this directory, if one does."""
-    try:
-        descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(os.pread(descriptor, 32, 0))
-    finally:
-        os.close(descriptor)
-    return None
+    return lock_holder(state_dir / LOCK_FILE)
 
 
 def _deploy_all(web3: Web3, options: DevnetOptions, progress: Progress) -> Deployment:

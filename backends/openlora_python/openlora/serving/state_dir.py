@@ -64,14 +64,19 @@ class StateDir:
 
     def running_pid(self) -> int | None:
         """The launcher that holds this directory, if one does."""
-        try:
-            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return int(os.pread(descriptor, 32, 0))
-        finally:
-            os.close(descriptor)
+        return lock_holder(self.lock_file)
+
+
+def lock_holder(lock_file: Path) -> int | None:
+    """The process that holds a lock file with its pid in it, if one does."""
+    try:
+        descriptor = os.open(lock_file, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
         return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.pread(descriptor, 32, 0))
+    finally:
+        os.close(descriptor)
+    return None

@@ -9,8 +9,8 @@ import typer
 from eth_utils import to_checksum_address
 
 from openlora.attribution.settlement.attestation import Attestation, ascending, attest, proposal_document
-from openlora.attribution.settlement.books import Books, keep_prefixes
-from openlora.attribution.settlement.chain_state import Proposal, read_state
+from openlora.attribution.settlement.books import keep_prefixes
+from openlora.attribution.settlement.chain_state import ChainState, Proposal, read_state
 from openlora.attribution.settlement.epoch import check_proposal, next_epoch, stops_of
 from openlora.attribution.settlement.facts import ChainFacts
 from openlora.attribution.settlement.prefix_store import PrefixStore
@@ -104,7 +104,7 @@ def attest_epoch(
         account = session.account(key)
         store = _store(state_dir)
         books = session.books(logs, None if from_scratch else store)
-        pending = _pending(books)
+        pending = _pending(books.state)
         check_proposal(books, pending)
         keep_prefixes(books, logs, store, stops_of(pending))
         signed = attest(account, session.facts.chain_id, session.facts.distributor, pending)
@@ -126,9 +126,7 @@ def accept(
         attestations = [Attestation.from_json(_read(path)) for path in files]
         session = ChainSession.open(deployment, state_dir)
         account = session.account(key)
-        pending = read_state(session.facts).pending
-        if pending is None:
-            raise InvalidArgument("no proposal is pending in the final blocks")
+        pending = _pending(read_state(session.facts))
         here = (session.facts.chain_id, session.facts.distributor, pending)
         for path, one in zip(files, attestations, strict=True):
             if (one.chain_id, one.distributor, one.proposal) != here:
@@ -251,10 +249,10 @@ def _store(state_dir: Path) -> PrefixStore:
     return PrefixStore(settle_dir(state_dir) / "prefixes")
 
 
-def _pending(books: Books) -> Proposal:
-    if books.state.pending is None:
+def _pending(state: ChainState) -> Proposal:
+    if state.pending is None:
         raise InvalidArgument("no proposal is pending in the final blocks")
-    return books.state.pending
+    return state.pending
 
 
 def _read_facts(path: Path) -> ChainFacts:
