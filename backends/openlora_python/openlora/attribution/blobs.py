@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from openlora.attribution.commitments import MODEL_TERMS_TAG, blob_bytes
-from openlora.errors import InvalidArgument
+from ..errors import InvalidArgument
+from .commitments import MODEL_TERMS_TAG, blob_bytes
 
 if TYPE_CHECKING:
-    from openlora.attribution.card import Card, DatasetShare
-    from openlora.engine.api import AdapterUse, EngineInfo
+    from ..engine.api import AdapterUse, EngineInfo
+    from .card import Card, DatasetShare
 
 NO_OWNER = "0x" + "0" * 40
 """Who owns a model that has no card."""

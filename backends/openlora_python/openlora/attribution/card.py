@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from eth_utils import is_checksum_address, to_checksum_address
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from openlora.attribution.blobs import MAX_PRICE, NO_OWNER
-from openlora.errors import InvalidArgument
-from openlora.serving.access_rule import AccessRule
+from ..errors import InvalidArgument
+from ..serving.access_rule import AccessRule
+from .blobs import MAX_PRICE, NO_OWNER
 
 WHOLE = 1_000_000  # shares are in parts per million
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,30}")

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.merkle_tree import EMPTY_ROOT, HASH_BYTES
-from openlora.attribution.signed_note import (
+from ..errors import ReceiptInvalid
+from .log_key import LogKey
+from .merkle_tree import EMPTY_ROOT, HASH_BYTES
+from .signed_note import (
     COSIGNATURE_V1,
     ED25519,
     NoteKey,
@@ -25,7 +26,6 @@ from openlora.attribution.signed_note import (
     parse_note,
     sign_note,
 )
-from openlora.errors import ReceiptInvalid
 
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
 _TIME_BYTES = 8

@@ -10,11 +10,11 @@ import os
 import time
 from pathlib import Path
 
-from openlora.attribution.checkpoint import Checkpoint, verify_checkpoint
-from openlora.attribution.frames import sync_directory
-from openlora.attribution.log import ReceiptLog
-from openlora.attribution.merkle_tree import Frontier
-from openlora.errors import Internal, ReceiptInvalid
+from ..errors import Internal, ReceiptInvalid
+from .checkpoint import Checkpoint, verify_checkpoint
+from .frames import sync_directory
+from .log import ReceiptLog
+from .merkle_tree import Frontier
 
 SECONDS = 1.0
 """At least this long between two checkpoints."""

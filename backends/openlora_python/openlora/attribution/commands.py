@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from openlora.attribution.log import LoggedReceipt, ReceiptLog
-from openlora.attribution.log_commands import export, fsck, rotate
-from openlora.attribution.proof_commands import checkpoint, cosign, prove
-from openlora.attribution.receipt_lookup import find_receipt
-from openlora.attribution.verify_command import verify
-from openlora.command_errors import reported
+from ..command_errors import reported
+from .log import LoggedReceipt, ReceiptLog
+from .log_commands import export, fsck, rotate
+from .proof_commands import checkpoint, cosign, prove
+from .receipt_lookup import find_receipt
+from .verify_command import verify
 
 _STATUS = {1: "complete", 2: "cancelled", 3: "error", 4: "aborted"}
 

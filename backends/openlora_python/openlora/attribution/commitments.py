@@ -11,7 +11,7 @@ from typing import Any
 
 import rfc8785
 
-from openlora.errors import InvalidArgument
+from ..errors import InvalidArgument
 
 PROMPT_TAG = b"openlora/prompt/v1"
 OUTPUT_TAG = b"openlora/output/v1"

@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from openlora.attribution.checkpoint import Checkpoint
-from openlora.attribution.checkpointer import Checkpointer, released_checkpoint
-from openlora.attribution.log import ReceiptLog, publish_key
-from openlora.attribution.log_database import lock_log
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.merkle_tree import MerkleTree
-from openlora.attribution.rotation import begin_rotation, finish_rotation
-from openlora.errors import Internal, Unavailable
+from ..errors import Internal, Unavailable
+from .checkpoint import Checkpoint
+from .checkpointer import Checkpointer, released_checkpoint
+from .log import ReceiptLog, publish_key
+from .log_database import lock_log
+from .log_key import LogKey
+from .merkle_tree import MerkleTree
+from .rotation import begin_rotation, finish_rotation
 
 logger = logging.getLogger(__name__)
 

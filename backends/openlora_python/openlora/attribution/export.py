@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from openlora.attribution.checkpoint import verify_checkpoint
-from openlora.attribution.frames import sync_directory
-from openlora.attribution.log import ReceiptLog
-from openlora.attribution.log_key import load_log_key
-from openlora.attribution.prove import cosigned_note, newest_note
-from openlora.attribution.signed_note import SignedNote
-from openlora.errors import Internal, InvalidArgument, ReceiptInvalid, Unavailable
+from ..errors import Internal, InvalidArgument, ReceiptInvalid, Unavailable
+from .checkpoint import verify_checkpoint
+from .frames import sync_directory
+from .log import ReceiptLog
+from .log_key import load_log_key
+from .prove import cosigned_note, newest_note
+from .signed_note import SignedNote
 
 BUNDLE = 256
 SIGNATURE_BYTES = 65

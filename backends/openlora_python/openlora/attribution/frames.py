@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from openlora.errors import Internal, InvalidArgument
+from ..errors import Internal, InvalidArgument
 
 STATUS_COMPLETE = 1
 STATUS_CANCELLED = 2

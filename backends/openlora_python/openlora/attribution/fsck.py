@@ -10,17 +10,17 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from openlora.attribution.checkpoint import verify_checkpoint
-from openlora.attribution.checkpointer import released_checkpoint
-from openlora.attribution.export import LogExport
-from openlora.attribution.frames import CompletionFrame, list_segments
-from openlora.attribution.log import LoggedReceipt, ReceiptLog, SignedCheckpoint
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.merkle_tree import MerkleTree
-from openlora.attribution.projection import agrees
-from openlora.attribution.reader import JournalReader
-from openlora.attribution.receipt import Receipt, ReceiptHasher, decode_leaf, leaf_hash, recover_signer
-from openlora.errors import OpenLoRAError
+from ..errors import OpenLoRAError
+from .checkpoint import verify_checkpoint
+from .checkpointer import released_checkpoint
+from .export import LogExport
+from .frames import CompletionFrame, list_segments
+from .log import LoggedReceipt, ReceiptLog, SignedCheckpoint
+from .log_key import LogKey
+from .merkle_tree import MerkleTree
+from .projection import agrees
+from .reader import JournalReader
+from .receipt import Receipt, ReceiptHasher, decode_leaf, leaf_hash, recover_signer
 
 Progress = Callable[[int, int], None]
 

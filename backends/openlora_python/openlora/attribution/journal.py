@@ -20,8 +20,9 @@ from pathlib import Path
 
 import msgspec
 
-from openlora.attribution.blobs import check_blobs
-from openlora.attribution.frames import (
+from ..errors import Internal, NotAuthenticated, Overloaded, Unavailable
+from .blobs import check_blobs
+from .frames import (
     START,
     STATUS_ABORTED,
     STATUS_CANCELLED,
@@ -40,11 +41,10 @@ from openlora.attribution.frames import (
     segment_path,
     sync_directory,
 )
-from openlora.attribution.reader import JournalReader
-from openlora.attribution.recovery import JournalState, RecoveryReport, scan_journal
-from openlora.attribution.registry_reference import RegistryReference
-from openlora.attribution.segment import SegmentWriter
-from openlora.errors import Internal, NotAuthenticated, Overloaded, Unavailable
+from .reader import JournalReader
+from .recovery import JournalState, RecoveryReport, scan_journal
+from .registry_reference import RegistryReference
+from .segment import SegmentWriter
 
 __all__ = [
     "START",

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from eth_keys import KeyAPI
 from eth_keys.backends import CoinCurveECCBackend, get_backend
 
-from openlora.attribution.frames import make_directory, sync_directory
-from openlora.errors import Internal
+from ..errors import Internal
+from .frames import make_directory, sync_directory
 
 _FORM = re.compile(rb"[0-9a-f]{64}\n")
 

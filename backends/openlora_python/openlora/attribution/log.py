@@ -17,11 +17,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from openlora.attribution.checkpoint import Checkpoint, sign_checkpoint
-from openlora.attribution.file_identity import file_identity
-from openlora.attribution.frames import Position, make_directory, sync_directory
-from openlora.attribution.keys import LogKeys, load_keys
-from openlora.attribution.log_database import (
+from ..errors import Internal, InvalidArgument, Unavailable
+from ..transaction import transaction
+from .checkpoint import Checkpoint, sign_checkpoint
+from .file_identity import file_identity
+from .frames import Position, make_directory, sync_directory
+from .keys import LogKeys, load_keys
+from .log_database import (
     connect,
     connect_to_write,
     create_log,
@@ -31,12 +33,10 @@ from openlora.attribution.log_database import (
     stored_key,
     version_of,
 )
-from openlora.attribution.log_key import ZERO32, LogKey
-from openlora.attribution.receipt import Receipt, ReceiptHasher, decode_leaf, leaf_hash, sign_digest
-from openlora.attribution.receipt_json import receipt_document
-from openlora.attribution.rotation import finish_rotation
-from openlora.errors import Internal, InvalidArgument, Unavailable
-from openlora.transaction import transaction
+from .log_key import ZERO32, LogKey
+from .receipt import Receipt, ReceiptHasher, decode_leaf, leaf_hash, sign_digest
+from .receipt_json import receipt_document
+from .rotation import finish_rotation
 
 KEPT_CHECKPOINTS = 1_000  # the newest ones; the tree gives the roots of all others
 

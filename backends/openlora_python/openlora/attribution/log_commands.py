@@ -12,13 +12,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from openlora.attribution.custody import rotate as close_and_follow
-from openlora.attribution.export import LogExport, write_export
-from openlora.attribution.fsck import check_export, check_log
-from openlora.attribution.log import ReceiptLog
-from openlora.attribution.rotation import closed_directory
-from openlora.command_errors import reported
-from openlora.errors import InvalidArgument
+from ..command_errors import reported
+from ..errors import InvalidArgument
+from .custody import rotate as close_and_follow
+from .export import LogExport, write_export
+from .fsck import check_export, check_log
+from .log import ReceiptLog
+from .rotation import closed_directory
 
 StateDir = Annotated[Path, typer.Option(help="The server's state directory, or one below its `closed`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]

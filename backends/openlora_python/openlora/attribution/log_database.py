@@ -7,11 +7,11 @@ import os
 import sqlite3
 from pathlib import Path
 
-from openlora.attribution.file_identity import file_identity
-from openlora.attribution.frames import START, write_again
-from openlora.attribution.log_key import LogKey
-from openlora.errors import Internal, Unavailable
-from openlora.transaction import create_private, transaction
+from ..errors import Internal, Unavailable
+from ..transaction import create_private, transaction
+from .file_identity import file_identity
+from .frames import START, write_again
+from .log_key import LogKey
 
 _FIRST_TABLES = (
     # low_…: where in the journal the projection begins again after a restart

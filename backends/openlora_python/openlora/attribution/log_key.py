@@ -19,8 +19,8 @@ from pathlib import Path
 
 from eth_utils import is_checksum_address
 
-from openlora.attribution.commitments import ORIGIN_TAG
-from openlora.errors import InvalidArgument
+from ..errors import InvalidArgument
+from .commitments import ORIGIN_TAG
 
 LOG_INIT_SCHEMA = 0x0301
 ZERO32 = bytes(32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from openlora.errors import InvalidArgument
+from ..errors import InvalidArgument
 
 HASH_BYTES = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()

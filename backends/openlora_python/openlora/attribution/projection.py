@@ -12,11 +12,11 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from openlora.attribution.frames import CompletionFrame, IntentFrame, Mark, Position
-from openlora.attribution.log import LoggedReceipt, NewReceipt, ReceiptLog
-from openlora.attribution.reader import JournalReader
-from openlora.attribution.receipt import HashedBlobs, hashed_blobs, receipt_from_frames
-from openlora.errors import Internal
+from ..errors import Internal
+from .frames import CompletionFrame, IntentFrame, Mark, Position
+from .log import LoggedReceipt, NewReceipt, ReceiptLog
+from .reader import JournalReader
+from .receipt import HashedBlobs, hashed_blobs, receipt_from_frames
 
 
 class Projector:

@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openlora.attribution.checkpoint import Checkpoint, Cosignature, verify_checkpoint, verify_cosignatures
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.merkle_tree import HASH_BYTES, verify_inclusion
-from openlora.attribution.receipt import encode_leaf, leaf_hash
-from openlora.attribution.receipt_json import parse_receipt_document
-from openlora.attribution.signed_note import NoteKey, SignedNote, parse_base64, parse_note
-from openlora.attribution.verify import Verification, verify_receipt
-from openlora.errors import ReceiptInvalid
+from ..errors import ReceiptInvalid
+from .checkpoint import Checkpoint, Cosignature, verify_checkpoint, verify_cosignatures
+from .log_key import LogKey
+from .merkle_tree import HASH_BYTES, verify_inclusion
+from .receipt import encode_leaf, leaf_hash
+from .receipt_json import parse_receipt_document
+from .signed_note import NoteKey, SignedNote, parse_base64, parse_note
+from .verify import Verification, verify_receipt
 
 HEADER = "c2sp.org/tlog-proof@v1"
 

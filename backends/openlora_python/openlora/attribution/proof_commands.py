@@ -10,15 +10,15 @@ from typing import Annotated
 
 import typer
 
-from openlora.attribution.checkpoint import verify_checkpoint
-from openlora.attribution.log import ReceiptLog
-from openlora.attribution.prove import cosign_newest, newest_note
-from openlora.attribution.prove import prove as make_proof
-from openlora.attribution.receipt_lookup import find_receipt
-from openlora.attribution.witness_client import WitnessAddress, WitnessClient
-from openlora.command_errors import reported
-from openlora.config import load_settings
-from openlora.errors import InvalidArgument, Unavailable
+from ..command_errors import reported
+from ..config import load_settings
+from ..errors import InvalidArgument, Unavailable
+from .checkpoint import verify_checkpoint
+from .log import ReceiptLog
+from .prove import cosign_newest, newest_note
+from .prove import prove as make_proof
+from .receipt_lookup import find_receipt
+from .witness_client import WitnessAddress, WitnessClient
 
 StateDir = Annotated[Path, typer.Option(help="The server's state directory, or one below its `closed`.")]
 

@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from openlora.attribution.checkpoint import verify_checkpoint
-from openlora.attribution.checkpointer import release
-from openlora.attribution.log import ReceiptLog
-from openlora.attribution.merkle_tree import MerkleTree
-from openlora.attribution.proof import ReceiptProof
-from openlora.attribution.signed_note import SignedNote, parse_note
-from openlora.attribution.witness_client import WitnessClient
-from openlora.errors import InvalidArgument, ReceiptInvalid, Unavailable
+from ..errors import InvalidArgument, ReceiptInvalid, Unavailable
+from .checkpoint import verify_checkpoint
+from .checkpointer import release
+from .log import ReceiptLog
+from .merkle_tree import MerkleTree
+from .proof import ReceiptProof
+from .signed_note import SignedNote, parse_note
+from .witness_client import WitnessClient
 
 
 def prove(log: ReceiptLog, seq: int, *, with_salts: bool = False) -> ReceiptProof:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from openlora.attribution.frames import (
+from ..errors import Internal
+from .frames import (
     START,
     Entry,
     Mark,
@@ -15,7 +16,6 @@ from openlora.attribution.frames import (
     list_segments,
     segment_path,
 )
-from openlora.errors import Internal
 
 _CHUNK = 1 << 20
 

@@ -21,11 +21,11 @@ from coincurve import PrivateKey
 from eth_keys import KeyAPI
 from eth_keys.exceptions import BadSignature, ValidationError
 
-from openlora.attribution.blobs import TermsBlob, check_blobs, price
-from openlora.attribution.commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG, blob_bytes
-from openlora.attribution.frames import STATUS_ABORTED, STATUS_CANCELLED, STATUS_COMPLETE, CompletionFrame, IntentFrame
-from openlora.attribution.keccak import keccak
-from openlora.errors import InvalidArgument
+from ..errors import InvalidArgument
+from .blobs import TermsBlob, check_blobs, price
+from .commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG, blob_bytes
+from .frames import STATUS_ABORTED, STATUS_CANCELLED, STATUS_COMPLETE, CompletionFrame, IntentFrame
+from .keccak import keccak
 
 RECEIPT_SCHEMA = 0x0101
 RECEIPT_TYPE = (

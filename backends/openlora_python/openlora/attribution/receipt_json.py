@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from openlora.attribution.commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.receipt import RECEIPT_SCHEMA, Receipt, encode_leaf
-from openlora.attribution.registry_reference import RegistryReference
-from openlora.errors import ReceiptInvalid
+from ..errors import ReceiptInvalid
+from .commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG
+from .log_key import LogKey
+from .receipt import RECEIPT_SCHEMA, Receipt, encode_leaf
+from .registry_reference import RegistryReference
 
 _MAX_DEPTH = 32
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]')

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from openlora.attribution.log import ReceiptLog
-from openlora.errors import InvalidArgument
+from ..errors import InvalidArgument
+from .log import ReceiptLog
 
 
 def find_receipt(log: ReceiptLog, which: str) -> int:

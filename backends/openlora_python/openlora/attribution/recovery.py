@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from openlora.attribution.commitments import output_commitment
-from openlora.attribution.frames import (
+from ..errors import Internal
+from .commitments import output_commitment
+from .frames import (
     STATUS_ABORTED,
     CompletionFrame,
     Frame,
@@ -21,7 +22,6 @@ from openlora.attribution.frames import (
     sync_directory,
     write_again,
 )
-from openlora.errors import Internal
 
 
 @dataclass(frozen=True)

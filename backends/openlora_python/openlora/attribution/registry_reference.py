@@ -8,7 +8,7 @@ from typing import Any
 
 from eth_utils import is_checksum_address, to_checksum_address
 
-from openlora.errors import InvalidArgument
+from ..errors import InvalidArgument
 
 PREIMAGE_BYTES = 128
 

@@ -13,7 +13,8 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
-from openlora.attribution.frames import (
+from ..errors import Internal
+from .frames import (
     CompletionFrame,
     SegmentHeader,
     decode_frame,
@@ -21,16 +22,15 @@ from openlora.attribution.frames import (
     segment_path,
     sync_directory,
 )
-from openlora.attribution.keys import load_keys
-from openlora.attribution.log_database import (
+from .keys import load_keys
+from .log_database import (
     connect,
     connect_to_write,
     create_log,
     migrate,
     stored_key,
 )
-from openlora.attribution.log_key import LogKey
-from openlora.errors import Internal
+from .log_key import LogKey
 
 _DATABASE = "receipts.sqlite"
 _LOG_FILES = (_DATABASE, f"{_DATABASE}-wal", f"{_DATABASE}-shm", "checkpoint", "cosigned")

@@ -6,7 +6,8 @@ import os
 import threading
 from pathlib import Path
 
-from openlora.attribution.frames import (
+from ..errors import Unavailable
+from .frames import (
     Mark,
     Position,
     SegmentHeader,
@@ -14,7 +15,6 @@ from openlora.attribution.frames import (
     segment_path,
     sync_directory,
 )
-from openlora.errors import Unavailable
 
 
 class SegmentWriter:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from openlora.errors import InvalidArgument, ReceiptInvalid
+from ..errors import InvalidArgument, ReceiptInvalid
 
 ED25519 = 0x01
 COSIGNATURE_V1 = 0x04

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from openlora.attribution.blobs import check_blobs
-from openlora.attribution.commitments import blob_hash, output_commitment, prompt_commitment
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.receipt import (
+from ..errors import InvalidArgument, ReceiptInvalid
+from .blobs import check_blobs
+from .commitments import blob_hash, output_commitment, prompt_commitment
+from .log_key import LogKey
+from .receipt import (
     RECEIPT_SCHEMA,
     ZERO32,
     Receipt,
@@ -24,9 +25,8 @@ from openlora.attribution.receipt import (
     receipt_price,
     recover_signer,
 )
-from openlora.attribution.receipt_json import BLOB_TAGS
-from openlora.attribution.registry_reference import RegistryReference
-from openlora.errors import InvalidArgument, ReceiptInvalid
+from .receipt_json import BLOB_TAGS
+from .registry_reference import RegistryReference
 
 _HEX = re.compile(r"0x(?:[0-9a-f]{2})*")
 _FIELDS = tuple(field.name for field in fields(Receipt))

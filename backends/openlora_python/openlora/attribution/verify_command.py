@@ -13,15 +13,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from openlora.attribution.log import ReceiptLog
-from openlora.attribution.log_key import LogKey, load_known_logs, load_log_key
-from openlora.attribution.proof import ProofVerification, ReceiptProof, is_proof, parse_proof, verify_proof
-from openlora.attribution.receipt_json import parse_receipt_document
-from openlora.attribution.receipt_lookup import is_number
-from openlora.attribution.signed_note import NoteKey
-from openlora.attribution.verify import Verification, verify_receipt
-from openlora.command_errors import reported
-from openlora.errors import InvalidArgument, ReceiptInvalid
+from ..command_errors import reported
+from ..errors import InvalidArgument, ReceiptInvalid
+from .log import ReceiptLog
+from .log_key import LogKey, load_known_logs, load_log_key
+from .proof import ProofVerification, ReceiptProof, is_proof, parse_proof, verify_proof
+from .receipt_json import parse_receipt_document
+from .receipt_lookup import is_number
+from .signed_note import NoteKey
+from .verify import Verification, verify_receipt
 
 EXIT_LOG_UNKNOWN = 3
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from openlora.attribution.checkpoint import Checkpoint, checkpoint_key, cosign, parse_checkpoint
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.merkle_tree import EMPTY_ROOT, verify_consistency
-from openlora.attribution.signed_note import COSIGNATURE_V1, NoteKey, SignedNote, parse_base64, parse_note
-from openlora.errors import Internal, InvalidArgument, OpenLoRAError, ReceiptInvalid
-from openlora.transaction import transaction
+from ..errors import Internal, InvalidArgument, OpenLoRAError, ReceiptInvalid
+from ..transaction import transaction
+from .checkpoint import Checkpoint, checkpoint_key, cosign, parse_checkpoint
+from .log_key import LogKey
+from .merkle_tree import EMPTY_ROOT, verify_consistency
+from .signed_note import COSIGNATURE_V1, NoteKey, SignedNote, parse_base64, parse_note
 
 MAX_BODY = 1 << 16
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import httpx
 
-from openlora.attribution.checkpoint import Checkpoint, verify_checkpoint, verify_cosignatures
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.merkle_tree import MerkleTree
-from openlora.attribution.signed_note import COSIGNATURE_V1, NoteKey, SignedNote, parse_note, parse_signature_lines
-from openlora.errors import InvalidArgument, OpenLoRAError, Unavailable
+from ..errors import InvalidArgument, OpenLoRAError, Unavailable
+from .checkpoint import Checkpoint, verify_checkpoint, verify_cosignatures
+from .log_key import LogKey
+from .merkle_tree import MerkleTree
+from .signed_note import COSIGNATURE_V1, NoteKey, SignedNote, parse_note, parse_signature_lines
 
 SECONDS = 5.0
 """How long one request may take."""

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from openlora.attribution.keys import load_key
-from openlora.attribution.log_key import load_known_logs
-from openlora.attribution.witness import Witness
-from openlora.command_errors import reported
+from ..command_errors import reported
+from .keys import load_key
+from .log_key import load_known_logs
+from .witness import Witness
 
 witness_app = typer.Typer(help="A witness of receipt logs.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def serve(
     """Cosign checkpoints of known logs that are consistent with all that was seen before (C2SP tlog-witness)."""
     import uvicorn
 
-    from openlora.attribution.witness_server import create_witness_app  # brings FastAPI
+    from .witness_server import create_witness_app  # brings FastAPI
 
     with reported():
         private = Ed25519PrivateKey.from_private_bytes(load_key(key, create=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 
-from openlora.attribution.witness import MAX_BODY, Answer, Witness
+from .witness import MAX_BODY, Answer, Witness
 
 
 def create_witness_app(witness: Witness) -> FastAPI:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from openlora.errors import Unavailable
+from ..errors import Unavailable
 
 MODULES = Path(__file__).resolve().parents[4] / "contracts" / "node_modules"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from eth_hash.auto import keccak
 
-from openlora.attribution.settlement.chain_state import Allocation, Proposal
-from openlora.errors import InvalidArgument
+from ...errors import InvalidArgument
+from .chain_state import Allocation, Proposal
 
 if TYPE_CHECKING:  # slow to import, and every command imports this file
     from eth_account.messages import SignableMessage

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from openlora.attribution.settlement.chain_state import ChainState, LogState, read_state
-from openlora.attribution.settlement.facts import ChainFacts
-from openlora.attribution.settlement.history import Advance, StoredFrontier, check_history
-from openlora.attribution.settlement.judge import Export, Headers, LogJudge
-from openlora.attribution.settlement.ledger import JudgedLog, Tally, cumulative
-from openlora.attribution.settlement.prefix_store import Prefix, PrefixStore
-from openlora.attribution.settlement.registry import Registry
-from openlora.attribution.settlement.reward_tree import RewardTree
-from openlora.errors import InvalidArgument
+from ...errors import InvalidArgument
+from .chain_state import ChainState, LogState, read_state
+from .facts import ChainFacts
+from .history import Advance, StoredFrontier, check_history
+from .judge import Export, Headers, LogJudge
+from .ledger import JudgedLog, Tally, cumulative
+from .prefix_store import Prefix, PrefixStore
+from .registry import Registry
+from .reward_tree import RewardTree
 
 Started = Callable[[str, int], Advance]
 """Told what is begun and of how many leaves; what it returns is told how they go."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from openlora.attribution.settlement.facts import ChainFacts
+from .facts import ChainFacts
 
 ZERO32 = bytes(32)
 

@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 from eth_utils import to_checksum_address
 
-from openlora.attribution.settlement.attestation import Attestation, ascending, attest, proposal_document
-from openlora.attribution.settlement.books import keep_prefixes
-from openlora.attribution.settlement.chain_state import ChainState, Proposal, read_state
-from openlora.attribution.settlement.epoch import check_proposal, next_epoch, stops_of
-from openlora.attribution.settlement.facts import ChainFacts
-from openlora.attribution.settlement.prefix_store import PrefixStore
-from openlora.attribution.settlement.printing import print_claims, print_epoch, print_sent, print_status
-from openlora.attribution.settlement.session import ChainSession, judged, open_exports, referenced_blocks, settle_dir
-from openlora.command_errors import reported
-from openlora.errors import InvalidArgument, SettlementDiffers
+from ...command_errors import reported
+from ...errors import InvalidArgument, SettlementDiffers
+from .attestation import Attestation, ascending, attest, proposal_document
+from .books import keep_prefixes
+from .chain_state import ChainState, Proposal, read_state
+from .epoch import check_proposal, next_epoch, stops_of
+from .facts import ChainFacts
+from .prefix_store import PrefixStore
+from .printing import print_claims, print_epoch, print_sent, print_status
+from .session import ChainSession, judged, open_exports, referenced_blocks, settle_dir
 
 MOST = 2**120 - 1
 """What the distributor can pay in all; the cap where a chain's own is not asked."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from openlora.attribution.settlement.books import Books
-from openlora.attribution.settlement.chain_state import Allocation, Proposal
-from openlora.attribution.settlement.ledger import JudgedLog
-from openlora.errors import SettlementDiffers
+from ...errors import SettlementDiffers
+from .books import Books
+from .chain_state import Allocation, Proposal
+from .ledger import JudgedLog
 
 MAX_ALLOCATIONS = 32
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from openlora.errors import InvalidArgument
+from ...errors import InvalidArgument
 
 FACTS_SCHEMA = 1
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from openlora.attribution.merkle_tree import Frontier
-from openlora.attribution.receipt import leaf_hash
-from openlora.attribution.settlement.chain_state import Anchor
-from openlora.attribution.settlement.judge import Export
+from ..merkle_tree import Frontier
+from ..receipt import leaf_hash
+from .chain_state import Anchor
+from .judge import Export
 
 Advance = Callable[[int], None]
 """Told how many more leaves are done."""

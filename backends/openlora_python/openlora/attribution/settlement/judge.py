@@ -11,17 +11,17 @@ import msgspec
 from coincurve import PublicKey
 from eth_hash.auto import keccak
 
-from openlora.attribution.blobs import TermsBlob, check_blobs, model_terms_hash, price
-from openlora.attribution.commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG, blob_bytes
-from openlora.attribution.frames import STATUS_CANCELLED, STATUS_COMPLETE
-from openlora.attribution.log_key import LogKey
-from openlora.attribution.receipt import Receipt, ReceiptHasher, decode_leaf
-from openlora.attribution.receipt_json import parse_receipt_document
-from openlora.attribution.settlement.chain_state import ZERO32, Anchor, LogState
-from openlora.attribution.settlement.facts import BlockHeader, ChainFacts
-from openlora.attribution.settlement.registry import Registry, account
-from openlora.attribution.settlement.shares import Shares, shares
-from openlora.errors import Internal, InvalidArgument, ReceiptInvalid
+from ...errors import Internal, InvalidArgument, ReceiptInvalid
+from ..blobs import TermsBlob, check_blobs, model_terms_hash, price
+from ..commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG, blob_bytes
+from ..frames import STATUS_CANCELLED, STATUS_COMPLETE
+from ..log_key import LogKey
+from ..receipt import Receipt, ReceiptHasher, decode_leaf
+from ..receipt_json import parse_receipt_document
+from .chain_state import ZERO32, Anchor, LogState
+from .facts import BlockHeader, ChainFacts
+from .registry import Registry, account
+from .shares import Shares, shares
 
 REASONS = (
     "leaf",

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from openlora.attribution.settlement.chain_state import LogState
-from openlora.attribution.settlement.judge import Verdict
-from openlora.attribution.settlement.shares import WHOLE_SHARE, Shares
+from .chain_state import LogState
+from .judge import Verdict
+from .shares import WHOLE_SHARE, Shares
 
 
 @dataclass

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from openlora.attribution.settlement.chain_state import LogState
-from openlora.attribution.settlement.facts import ChainFacts
-from openlora.attribution.settlement.ledger import Tally
+from .chain_state import LogState
+from .facts import ChainFacts
+from .ledger import Tally
 
 FORMAT = 1
 """To be raised with every change of what makes a receipt paid or void: old verdicts are then forgotten."""

@@ -11,13 +11,13 @@ from eth_utils import to_checksum_address
 from rich.console import Console
 from rich.table import Table
 
-from openlora.attribution.settlement.attestation import proposal_document
-from openlora.attribution.settlement.books import Books
-from openlora.attribution.settlement.chain_state import ChainState
-from openlora.attribution.settlement.epoch import Epoch
-from openlora.attribution.settlement.judge import REASONS
-from openlora.attribution.settlement.ledger import Tally
-from openlora.attribution.settlement.session import ChainSession
+from .attestation import proposal_document
+from .books import Books
+from .chain_state import ChainState
+from .epoch import Epoch
+from .judge import REASONS
+from .ledger import Tally
+from .session import ChainSession
 
 
 def print_epoch(books: Books, epoch: Epoch, as_json: bool, transaction: str | None = None) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from openlora.attribution.settlement.facts import BlockHeader, ChainFacts
-from openlora.errors import InvalidArgument
-from openlora.network.parameters import Parameters, parse_parameters
-from openlora.network.registry_state import decoded
+from ...errors import InvalidArgument
+from ...network.parameters import Parameters, parse_parameters
+from ...network.registry_state import decoded
+from .facts import BlockHeader, ChainFacts
 
 ACCOUNT_BYTES = 20
 

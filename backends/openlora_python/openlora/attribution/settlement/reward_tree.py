@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from eth_hash.auto import keccak
 
-from openlora.attribution.settlement.registry import account
-from openlora.errors import InvalidArgument
+from ...errors import InvalidArgument
+from .registry import account
 
 ZERO_ROOT = bytes(32)
 

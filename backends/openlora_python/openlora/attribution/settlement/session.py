@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openlora.attribution.receipt import decode_leaf
-from openlora.attribution.settlement.books import Books, open_books
-from openlora.attribution.settlement.facts import BlockHeader, ChainFacts
-from openlora.attribution.settlement.history import Advance
-from openlora.attribution.settlement.prefix_store import PrefixStore
-from openlora.errors import ContractRefused, InvalidArgument
+from ...errors import ContractRefused, InvalidArgument
+from ..receipt import decode_leaf
+from .books import Books, open_books
+from .facts import BlockHeader, ChainFacts
+from .history import Advance
+from .prefix_store import PrefixStore
 
 if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from web3.contract.contract import ContractFunction
     from web3.types import TxReceipt
 
-    from openlora.attribution.export import LogExport
-    from openlora.network.contracts import Contracts
-    from openlora.network.deployment import Deployment
+    from ...network.contracts import Contracts
+    from ...network.deployment import Deployment
+    from ..export import LogExport
 
 _IN_WORDS = {
     "AccessControlUnauthorizedAccount": "this key does not have the role for it",
@@ -61,7 +61,7 @@ def settle_dir(state_dir: Path) -> Path:
 
 def open_exports(directories: Sequence[Path]) -> list[LogExport]:
     """The exports to read. InvalidArgument, ReceiptInvalid: as `LogExport` says."""
-    from openlora.attribution.export import LogExport
+    from ..export import LogExport
 
     return [LogExport(directory) for directory in directories]
 
@@ -79,9 +79,9 @@ class ChainSession:
     @classmethod
     def open(cls, deployment_file: Path | None, state_dir: Path) -> ChainSession:
         """InvalidArgument, Unavailable, ChainMismatch: as `Deployment.load` and `connect` say."""
-        from openlora.network.chain_facts import read_facts
-        from openlora.network.contracts import contracts_of
-        from openlora.network.deployment import Deployment
+        from ...network.chain_facts import read_facts
+        from ...network.contracts import contracts_of
+        from ...network.deployment import Deployment
 
         if deployment_file is None:
             raise InvalidArgument("name the deployment file: --deployment FILE", field="deployment")
@@ -99,7 +99,7 @@ class ChainSession:
 
     def header(self, number: int) -> BlockHeader:
         """Of a block up to the facts' head: from the facts, or else from the chain."""
-        from openlora.network.chain_facts import header_of
+        from ...network.chain_facts import header_of
 
         known = self.facts.headers.get(number) or self.found.get(number)
         if known is None:
@@ -110,13 +110,13 @@ class ChainSession:
         return known
 
     def account(self, key_file: Path) -> LocalAccount:
-        from openlora.network.signer import load_signer
+        from ...network.signer import load_signer
 
         return load_signer(key_file, self.deployment.chain_id, self.deployment.rpc_url)
 
     def send(self, account: LocalAccount, call: ContractFunction) -> TxReceipt:
         """Send and wait. ContractRefused: what the contract said, and what that means."""
-        from openlora.network.transactions import send
+        from ...network.transactions import send
 
         try:
             return send(self.web3, account, call)

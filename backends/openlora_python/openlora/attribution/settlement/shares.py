@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
-from openlora.attribution.blobs import WHOLE_PPM, ModelTerms, TermsBlob
-from openlora.attribution.settlement.registry import account
-from openlora.network.parameters import Parameters
+from ...network.parameters import Parameters
+from ..blobs import WHOLE_PPM, ModelTerms, TermsBlob
+from .registry import account
 
 WHOLE_SHARE = 10**9
 

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from openlora.errors import InvalidArgument
+from ...errors import InvalidArgument
 
 
 @dataclass(frozen=True)
