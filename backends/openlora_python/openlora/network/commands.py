@@ -1,4 +1,4 @@
-"""`openlora network …`: deploy, register, publish, and follow a chain."""
+"""`openlora network …`: deploy contracts, and follow a chain. What owners write to it: owner_commands.py."""
 
 from __future__ import annotations
 
@@ -8,34 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from eth_utils import is_checksum_address, to_checksum_address
 from rich.console import Console
 from rich.table import Table
 
 from ..command_errors import reported
 from ..config import NetworkSettings, load_settings
 from ..errors import InvalidArgument, OpenLoRAError
-from ..serving.access_rule import ADDRESS
+from .arguments import DEVNET_DEPLOYMENT, AsJson, DeploymentFile, Key, StateDir, parse_address, parse_whole
+from .owner_commands import publish_parameters, publish_terms, register_log, register_model, revoke, set_access
 
 if TYPE_CHECKING:
-    from eth_account.signers.local import LocalAccount
-    from web3 import Web3
-    from web3.contract.contract import ContractFunction
-
-    from .contracts import Contracts
-    from .deployment import Deployment
     from .sync import Synced
 
 network_app = typer.Typer(help="The chain: contracts, models, logs, parameters.", no_args_is_help=True)
-
-Key = Annotated[Path, typer.Option("--key", help="File of the key that sends: 64 hex digits, mode 0600.")]
-DeploymentFile = Annotated[Path, typer.Option("--deployment", help="The deployment file.")]
-StateDir = Annotated[Path, typer.Option("--state-dir", help="The server's state directory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
-CardFile = Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Terms, in place of its own card.")]
-Digest = Annotated[str, typer.Argument(metavar="DIGEST", help="Manifest digest of the model, 64 hex digits.")]
-
-DEVNET_DEPLOYMENT = Path("var/devnet/deployment.json")
 
 
 @network_app.command("deploy")
@@ -72,13 +57,13 @@ def deploy_contracts(
         plan = DeploymentPlan(
             notice_seconds,
             delay_seconds,
-            _whole(epoch_cap, "epoch_cap"),
+            parse_whole(epoch_cap, "epoch_cap"),
             threshold,
-            [_address(one, "publisher") for one in publisher],
-            [_address(one, "attestor") for one in attestor],
-            [_address(one, "guardian") for one in guardian],
-            None if token is None else _address(token, "token"),
-            "finalized" if confirmations == "finalized" else _whole(confirmations, "confirmations"),
+            [parse_address(one, "publisher") for one in publisher],
+            [parse_address(one, "attestor") for one in attestor],
+            [parse_address(one, "guardian") for one in guardian],
+            None if token is None else parse_address(token, "token"),
+            "finalized" if confirmations == "finalized" else parse_whole(confirmations, "confirmations"),
         )
         console = Console(stderr=True)
         with console.status("…") as status:
@@ -87,149 +72,8 @@ def deploy_contracts(
         typer.echo(deployment.model_dump_json() if as_json else f"deployed on chain {chain_id}; see {out}")
 
 
-@network_app.command("register-model")
-def register_model(
-    model: Annotated[str, typer.Argument(metavar="PATH|NAME", help="Directory of a model, or an adapter's name.")],
-    key: Key,
-    uri: Annotated[str | None, typer.Option(help="Where nodes fetch it; default: the source in the catalog.")] = None,
-    name: Annotated[str | None, typer.Option(help="Its name there; default: that of here.")] = None,
-    base: Annotated[str | None, typer.Option(help="Digest of an adapter's base; default: what is known of it.")] = None,
-    card: CardFile = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
-    state_dir: StateDir = Path("var"),
-    as_json: AsJson = False,
-) -> None:
-    """Register a model under its digest, with the terms and the access of its card."""
-    from .registration import local_model
-
-    with reported():
-        found = local_model(model, card, state_dir)
-        base_digest = _digest(base, "base") if base is not None else found.base
-        if found.is_adapter and base_digest is None:
-            raise InvalidArgument("the card names no base model: give --base DIGEST", field="base")
-        place = uri or found.source
-        if "://" not in place:
-            if found.is_adapter:
-                raise InvalidArgument("nodes fetch it from a URI (https://…, s3://…, hf://…): give --uri", field="uri")
-            place = place or f"openlora:{found.digest.hex()}"  # nobody fetches base models from here
-        with _Sending(deployment, key) as chain:
-            terms = found.terms(chain.account.address)
-            registry = chain.contracts.registry
-            chain.send(registry.register(found.digest, base_digest or bytes(32), name or found.name, place, terms))
-            if found.access is not None:
-                chain.send(registry.set_access(found.digest, found.access))
-            chain.tell(
-                as_json,
-                f"{name or found.name} ({found.digest.hex()[:16]}…) is registered by {chain.account.address}",
-                digest=found.digest.hex(),
-                owner=chain.account.address,
-                terms=terms,
-            )
-
-
-@network_app.command("publish-terms")
-def publish_terms(
-    model: Annotated[str, typer.Argument(metavar="PATH|NAME", help="Directory of a model, or an adapter's name.")],
-    key: Key,
-    card: CardFile = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
-    state_dir: StateDir = Path("var"),
-    as_json: AsJson = False,
-) -> None:
-    """Publish a registered model's card as the next version of its terms; in force after the notice."""
-    from .registration import local_model
-
-    with reported():
-        found = local_model(model, card, state_dir)
-        with _Sending(deployment, key) as chain:
-            terms = found.terms(chain.account.address)
-            chain.send(chain.contracts.registry.publish_terms(found.digest, terms))
-            newest = chain.contracts.registry.model_of(chain.account.address, found.digest)
-            chain.tell(
-                as_json,
-                f"version {newest.terms_version} of the terms of {found.name}, "
-                f"in force from {_when(newest.effective_at)}",
-                digest=found.digest.hex(),
-                version=newest.terms_version,
-                effective_at=newest.effective_at,
-                terms=terms,
-            )
-
-
-@network_app.command("set-access")
-def set_access(
-    digest: Digest,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON of an access rule, as in a card.")],
-    key: Key,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
-    as_json: AsJson = False,
-) -> None:
-    """Say who may use a model of yours; effective at once."""
-    from .registration import access_document, parse_access, read_json
-
-    with reported():
-        document = access_document(parse_access(read_json(file)))
-        with _Sending(deployment, key) as chain:
-            chain.send(chain.contracts.registry.set_access(_digest(digest, "DIGEST"), document))
-            chain.tell(as_json, f"access of {digest[:16]}…: {document}", digest=digest, access=document)
-
-
-@network_app.command("revoke")
-def revoke(digest: Digest, key: Key, deployment: DeploymentFile = DEVNET_DEPLOYMENT, as_json: AsJson = False) -> None:
-    """Revoke a model of yours, for good."""
-    with reported(), _Sending(deployment, key) as chain:
-        chain.send(chain.contracts.registry.revoke(_digest(digest, "DIGEST")))
-        chain.tell(as_json, f"{digest[:16]}… is revoked", digest=digest)
-
-
-@network_app.command("register-log")
-def register_log(
-    key: Key,
-    submitter: Annotated[str | None, typer.Option(help="Who may anchor; default: the key's account.")] = None,
-    payee: Annotated[str | None, typer.Option(help="Who earns the node's part, for good; default: likewise.")] = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
-    state_dir: StateDir = Path("var"),
-    as_json: AsJson = False,
-) -> None:
-    """Register the receipt log of a server; its receipt key signs that, so it is called on the serving machine."""
-    from ..attribution.keys import load_keys
-    from ..attribution.log_key import load_log_key
-    from .registration import registration_signature
-
-    with reported():
-        log_key = load_log_key(str(state_dir / "log.pub"))
-        signer = load_keys(state_dir / "keys", create=False).receipt
-        with _Sending(deployment, key) as chain:
-            owner = chain.account.address
-            who = [owner if one is None else _address(one, "address") for one in (submitter, payee)]
-            signature = registration_signature(chain.deployment, signer, log_key, owner, *who)
-            chain.send(chain.contracts.log.register_log(log_key, *who, signature))
-            chain.tell(
-                as_json,
-                f"log {log_key.log_id.hex()[:16]}… is registered; {who[0]} anchors it, {who[1]} is paid",
-                log_id=log_key.log_id.hex(),
-                owner=owner,
-                submitter=who[0],
-                payee=who[1],
-            )
-
-
-@network_app.command("publish-parameters")
-def publish_parameters(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON of the parameters; see docs/settlement.md.")],
-    key: Key,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
-    as_json: AsJson = False,
-) -> None:
-    """Publish the next version of the network's parameters; in force after the notice."""
-    from .parameters import parse_parameters
-    from .registration import read_json
-
-    with reported():
-        document = parse_parameters(read_json(file)).document
-        with _Sending(deployment, key) as chain:
-            chain.send(chain.contracts.registry.publish_parameters(document))
-            chain.tell(as_json, f"published: {document}", parameters=document)
+for _command in (register_model, publish_terms, set_access, revoke, register_log, publish_parameters):
+    network_app.command()(_command)
 
 
 @network_app.command("status")
@@ -341,67 +185,11 @@ def _told(synced: Synced, as_json: bool) -> None:
         Console().print(table)
 
 
-class _Sending:
-    """A checked chain and the account of a key file, for one command."""
-
-    def __init__(self, deployment: Path, key: Path) -> None:
-        self._files = (deployment, key)
-        self.transactions: list[str] = []
-
-    def __enter__(self) -> _Sending:
-        from .contracts import contracts_of
-        from .deployment import Deployment
-        from .signer import load_signer
-
-        file, key = self._files
-        self.deployment: Deployment = Deployment.load(file)
-        self.account: LocalAccount = load_signer(key, self.deployment.chain_id, self.deployment.rpc_url)
-        self._web3: Web3 = self.deployment.connect()
-        self.contracts: Contracts = contracts_of(self._web3, self.deployment)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def send(self, call: ContractFunction) -> None:
-        from .transactions import send
-
-        self.transactions.append(send(self._web3, self.account, call)["transactionHash"].to_0x_hex())
-
-    def tell(self, as_json: bool, words: str, **facts: Any) -> None:
-        typer.echo(json.dumps({**facts, "transactions": self.transactions}) if as_json else words)
-
-
 def _network_settings(config: Path | None, deployment: Path | None, allow: list[str]) -> NetworkSettings:
     # The section alone is wanted; a model is named only because settings without one are none.
     network = load_settings(config, model=None if config else Path()).network
-    owners = (*network.allowed_owners, *(_address(one, "allow") for one in allow))
+    owners = (*network.allowed_owners, *(parse_address(one, "allow") for one in allow))
     file = deployment or network.deployment
     if file is None:
         raise InvalidArgument("no deployment file: give --deployment, or --config with network.deployment")
     return network.model_copy(update={"deployment": file, "allowed_owners": owners})
-
-
-def _address(text: str, field: str) -> str:
-    if not ADDRESS.fullmatch(text):
-        raise InvalidArgument(f"{text!r:.80} is not an address", field=field)
-    if text[2:] not in (text[2:].lower(), text[2:].upper()) and not is_checksum_address(text):
-        raise InvalidArgument(f"{text!r} has a typing error: its checksum is wrong", field=field)
-    return to_checksum_address(text)
-
-
-def _digest(text: str, field: str) -> bytes:
-    plain = text.removeprefix("0x").lower()
-    if len(plain) != 64 or not set(plain) <= set("0123456789abcdef"):
-        raise InvalidArgument(f"{text!r:.80}: 64 hex digits are wanted", field=field)
-    return bytes.fromhex(plain)
-
-
-def _whole(text: str, field: str) -> int:
-    if not text.isdecimal() or len(text) > 40:
-        raise InvalidArgument(f"{text!r:.80} is not a whole number", field=field)
-    return int(text)
-
-
-def _when(timestamp: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(timestamp))

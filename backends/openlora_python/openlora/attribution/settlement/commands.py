@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from eth_utils import to_checksum_address
+from eth_utils import to_canonical_address, to_checksum_address
 
 from ...command_errors import reported
 from ...errors import InvalidArgument, SettlementDiffers
+from ...network.arguments import parse_address, parse_hash
 from .attestation import Attestation, ascending, attest, proposal_document
 from .books import keep_prefixes
 from .chain_state import ChainState, Proposal, read_state
 from .epoch import check_proposal, next_epoch, stops_of
 from .facts import ChainFacts
-from .prefix_store import PrefixStore
 from .printing import print_claims, print_epoch, print_sent, print_status
-from .session import ChainSession, judged, open_exports, referenced_blocks, settle_dir
+from .session import ChainSession, judged, open_exports, open_settling, prefix_store, referenced_blocks
 
 MOST = 2**120 - 1
 """What the distributor can pay in all; the cap where a chain's own is not asked."""
@@ -53,7 +53,7 @@ def epoch(
             cap = epoch_cap or MOST
         else:
             session = ChainSession.open(deployment, state_dir)
-            store = _store(state_dir)
+            store = prefix_store(state_dir)
             books = session.books(logs, None if from_scratch else store)
             cap = epoch_cap or session.contracts.distributor.epoch_cap()
             keep_prefixes(books, logs, store)
@@ -71,20 +71,17 @@ def propose(
 ) -> None:
     """Compute the next epoch and propose it. The key must be a publisher's."""
     with reported():
-        logs = open_exports(exports)
-        session = ChainSession.open(deployment, state_dir)
-        account = session.account(key)
-        store = _store(state_dir)
-        books = session.books(logs, None if from_scratch else store)
-        if books.state.pending is not None:
-            raise InvalidArgument(f"epoch {books.state.pending.epoch} is pending: it is accepted or vetoed first")
-        computed = next_epoch(books, session.contracts.distributor.epoch_cap())
+        at = open_settling(exports, key, deployment, state_dir, from_scratch)
+        pending, distributor = at.books.state.pending, at.session.contracts.distributor
+        if pending is not None:
+            raise InvalidArgument(f"epoch {pending.epoch} is pending: it is accepted or vetoed first")
+        computed = next_epoch(at.books, distributor.epoch_cap())
         if computed.proposal is None:
-            raise InvalidArgument("; ".join(("there is nothing to settle", *books.notes, *computed.notes)))
-        keep_prefixes(books, logs, store, computed.stops)
+            raise InvalidArgument("; ".join(("there is nothing to settle", *at.books.notes, *computed.notes)))
+        at.keep(computed.stops)
         new = computed.proposal
-        receipt = session.send(account, session.contracts.distributor.propose(new.root, new.total, new.allocations))
-        print_epoch(books, computed, as_json, receipt["transactionHash"].to_0x_hex())
+        receipt = at.session.send(at.account, distributor.propose(new.root, new.total, new.allocations))
+        print_epoch(at.books, computed, as_json, receipt["transactionHash"].to_0x_hex())
 
 
 @settle_app.command("attest")
@@ -99,15 +96,11 @@ def attest_epoch(
 ) -> None:
     """Compute the pending epoch again, from your own exports and chain, and sign it if it is right. Sends nothing."""
     with reported():
-        logs = open_exports(exports)
-        session = ChainSession.open(deployment, state_dir)
-        account = session.account(key)
-        store = _store(state_dir)
-        books = session.books(logs, None if from_scratch else store)
-        pending = _pending(books.state)
-        check_proposal(books, pending)
-        keep_prefixes(books, logs, store, stops_of(pending))
-        signed = attest(account, session.facts.chain_id, session.facts.distributor, pending)
+        at = open_settling(exports, key, deployment, state_dir, from_scratch)
+        pending, facts = _pending(at.books.state), at.session.facts
+        check_proposal(at.books, pending)
+        at.keep(stops_of(pending))
+        signed = attest(at.account, facts.chain_id, facts.distributor, pending)
         out.write_text(signed.to_json())
         result = {"epoch": pending.epoch, "signer": signed.signer, "file": str(out), **proposal_document(pending)}
         print_sent(f"epoch {pending.epoch} is right: attested by {signed.signer} in {out}", result, as_json)
@@ -165,22 +158,19 @@ def claim(
     with reported():
         if bool(accounts) == every:
             raise InvalidArgument("give accounts, or --all", field="ACCOUNT")
-        logs = open_exports(exports)
-        session = ChainSession.open(deployment, state_dir)
-        sender = session.account(key)
-        store = _store(state_dir)
-        books = session.books(logs, None if from_scratch else store)
-        tree, amounts = books.reward_tree()
-        if tree.root != books.state.root:
-            raise SettlementDiffers(f"the accepted root is {books.state.root.hex()}, computed is {tree.root.hex()}")
-        keep_prefixes(books, logs, store)
-        paid = []
-        for earner in sorted(amounts) if every else [_account(one) for one in accounts or ()]:
+        at = open_settling(exports, key, deployment, state_dir, from_scratch)
+        tree, amounts = at.books.reward_tree()
+        if tree.root != at.books.state.root:
+            raise SettlementDiffers(f"the accepted root is {at.books.state.root.hex()}, computed is {tree.root.hex()}")
+        at.keep()
+        distributor, paid = at.session.contracts.distributor, []
+        named = [to_canonical_address(parse_address(one, "ACCOUNT")) for one in accounts or ()]
+        for earner in sorted(amounts) if every else named:
             who = to_checksum_address(earner)
-            proof, claimed = tree.proof(earner), session.contracts.distributor.claimed_of(who)
+            proof, claimed = tree.proof(earner), distributor.claimed_of(who)
             if every and claimed >= amounts[earner]:
                 continue
-            session.send(sender, session.contracts.distributor.claim(who, amounts[earner], proof))
+            at.session.send(at.account, distributor.claim(who, amounts[earner], proof))
             paid.append({"account": who, "amount": str(amounts[earner] - claimed), "cumulative": str(amounts[earner])})
         print_claims(paid, as_json)
 
@@ -199,7 +189,7 @@ def status(
         session = ChainSession.open(deployment, state_dir)
         amounts = None
         if exports:
-            _, amounts = session.books(open_exports(exports), _store(state_dir)).reward_tree()
+            _, amounts = session.books(open_exports(exports), prefix_store(state_dir)).reward_tree()
         print_status(session, read_state(session.facts), amounts, as_json)
 
 
@@ -214,7 +204,7 @@ def deposit(
 ) -> None:
     """Deposit for a log, from the key's account: what its receipts are paid from. There is no way back."""
     with reported():
-        log = _log_id(log_id)
+        log = parse_hash(log_id, "LOG")
         session = ChainSession.open(deployment, state_dir)
         account = session.account(key)
         contracts = session.contracts
@@ -245,10 +235,6 @@ def facts(
         print_sent(f"{len(whole.events)} events up to block {whole.head} are in {out}", result, as_json)
 
 
-def _store(state_dir: Path) -> PrefixStore:
-    return PrefixStore(settle_dir(state_dir) / "prefixes")
-
-
 def _pending(state: ChainState) -> Proposal:
     if state.pending is None:
         raise InvalidArgument("no proposal is pending in the final blocks")
@@ -264,21 +250,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidArgument(f"can't read {path}: {error.strerror}") from error
-
-
-def _account(text: str) -> bytes:
-    digits = text.removeprefix("0x")
-    if len(digits) != 40 or not _is_hex(digits):
-        raise InvalidArgument(f"{text!r} is not an address", field="ACCOUNT")
-    return bytes.fromhex(digits)
-
-
-def _log_id(text: str) -> bytes:
-    digits = text.removeprefix("0x")
-    if len(digits) != 64 or not _is_hex(digits):
-        raise InvalidArgument(f"{text!r} is not 64 hex digits", field="LOG")
-    return bytes.fromhex(digits)
-
-
-def _is_hex(digits: str) -> bool:
-    return all(one in "0123456789abcdefABCDEF" for one in digits)

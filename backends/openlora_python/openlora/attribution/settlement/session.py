@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ...errors import ContractRefused, InvalidArgument
 from ..receipt import decode_leaf
-from .books import Books, open_books
+from .books import Books, keep_prefixes, open_books
 from .facts import BlockHeader, ChainFacts
 from .history import Advance
 from .prefix_store import PrefixStore
@@ -57,6 +57,11 @@ def settle_dir(state_dir: Path) -> Path:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory.chmod(0o700)
     return directory
+
+
+def prefix_store(state_dir: Path) -> PrefixStore:
+    """What former commands checked."""
+    return PrefixStore(settle_dir(state_dir) / "prefixes")
 
 
 def open_exports(directories: Sequence[Path]) -> list[LogExport]:
@@ -128,6 +133,32 @@ class ChainSession:
     def books(self, exports: Sequence[LogExport], store: PrefixStore | None) -> Books:
         """All logs that have an export, judged by this chain."""
         return judged(exports, self.facts, store, self)
+
+
+@dataclass
+class Settling:
+    """All that a command needs which computes an epoch and then sends or signs something: with `open_settling`."""
+
+    session: ChainSession
+    account: LocalAccount
+    logs: list[LogExport]
+    store: PrefixStore
+    books: Books
+
+    def keep(self, stops: Mapping[bytes, int] | None = None) -> None:
+        """Remember what was checked, so that the next command need not check it again."""
+        keep_prefixes(self.books, self.logs, self.store, stops)
+
+
+def open_settling(
+    exports: Sequence[Path], key: Path, deployment: Path | None, state_dir: Path, from_scratch: bool
+) -> Settling:
+    """The books of all exports, judged by a deployment's chain. Raises as `ChainSession.open` and `open_books` do."""
+    logs = open_exports(exports)
+    session = ChainSession.open(deployment, state_dir)
+    account = session.account(key)
+    store = prefix_store(state_dir)
+    return Settling(session, account, logs, store, session.books(logs, None if from_scratch else store))
 
 
 def judged(
