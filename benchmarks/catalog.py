@@ -34,9 +34,12 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_file import CATALOG_FILE
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts
 from openlora.adapters.ingest import sync_directory
-from openlora.adapters.ingest_worker import CACHE_DIRECTORY, CATALOG_FILE
+from openlora.adapters.ingest_worker import CACHE_DIRECTORY
 from openlora.adapters.manifest import CARD_FILE, SETTLED_NS, adapter_manifest, model_manifest
 from openlora.adapters.store import AdapterStore, SourceDirectory, settled_state
 
@@ -68,7 +71,7 @@ CARD = {
 READER = """
 import sys
 from pathlib import Path
-from openlora.adapters.catalog import CatalogReader
+from openlora.adapters.catalog_reader import CatalogReader
 
 def private():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -316,7 +319,7 @@ def report(adapters: int, seconds: float, serve: bool, work: Path) -> Report:
     base = make_base(work / "model")
     few, many = (Node(work / str(count), base, count) for count in (FEW, adapters))
     sizes = [node.measure(serve) for node in (few, many)]
-    with closing(CatalogReader(many.state / CATALOG_FILE)) as reader:
+    with CatalogReader(many.state / CATALOG_FILE) as reader:
         lookup = asked(many, lambda: reader.lookup(many.name()), seconds)
     machine = this_machine()
     return Report(*sizes, lookup, asked(many, resolver(many), seconds), machine.cpu, machine.cores)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from openlora.adapters.catalog import BaseFacts
+from openlora.adapters.catalog_rows import BaseFacts
 from openlora.adapters.sources import SourceLimits
 from openlora.serving.fetch_wire import FetcherConfig
 

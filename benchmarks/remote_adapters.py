@@ -15,10 +15,12 @@ from pathlib import Path
 import msgspec
 from fetcher_process import running_fetcher
 
-from openlora.adapters.catalog import BaseFacts, Catalog
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_file import CATALOG_FILE
+from openlora.adapters.catalog_rows import BaseFacts
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import check_result, job_of
-from openlora.adapters.ingest_worker import CACHE_DIRECTORY, CATALOG_FILE
+from openlora.adapters.ingest_worker import CACHE_DIRECTORY
 from openlora.adapters.manifest import model_manifest
 from openlora.adapters.sources import SourceLimits
 from openlora.engine.api import AdapterUse

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts
 from openlora.attribution.log_key import LogKey
 from openlora.config import BaseModelFacts, RunConfig, load_settings
 from openlora.serving.seal import write_run_key

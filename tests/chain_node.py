@@ -13,7 +13,9 @@ from make_shape import TARGETS, make_adapter, make_model
 from scripted_source import ScriptedSource
 from small_server import CONFIG
 
-from openlora.adapters.catalog import BaseFacts, Catalog, CatalogReader
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import BaseFacts
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.config import NetworkSettings
 from openlora.network.sync import CatalogSync

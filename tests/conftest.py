@@ -13,7 +13,7 @@ from live_server import LiveServer, key_digest
 from make_demo import ensure_demo
 
 from openlora.adapters.base_modules import base_modules
-from openlora.adapters.catalog import BaseFacts
+from openlora.adapters.catalog_rows import BaseFacts
 from openlora.adapters.ingest_worker import MODULES_DIRECTORY
 from openlora.adapters.manifest import model_manifest
 

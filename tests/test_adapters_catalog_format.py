@@ -7,7 +7,10 @@ from contextlib import closing
 
 import pytest
 
-from openlora.adapters.catalog import FORMAT, AdapterRecord, Catalog, CatalogReader
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_file import FORMAT
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import AdapterRecord
 from openlora.errors import AdapterInvalid, AdapterNotFound, Unavailable
 
 # As written by the first version of this project.
@@ -86,7 +89,7 @@ def test_an_old_file_means_what_it_meant_and_takes_changes(path, writer_first):
 
 def test_many_processes_may_open_it_first(path):
     script = (
-        "import sys; from pathlib import Path; from openlora.adapters.catalog import CatalogReader\n"
+        "import sys; from pathlib import Path; from openlora.adapters.catalog_reader import CatalogReader\n"
         "sys.stdin.readline(); print(CatalogReader(Path(sys.argv[1])).lookup('poet').version)\n"
     )
     command = [sys.executable, "-c", script, str(path)]

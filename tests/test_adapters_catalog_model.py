@@ -9,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
-from openlora.adapters.catalog_rows import AdapterFilter
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import AdapterFilter, AdapterRecord, BaseFacts
 from openlora.errors import AdapterInvalid, AdapterNotFound
 
 BASES = [BaseFacts("/models/base", digest * 64, max_rank) for digest in "bc" for max_rank in (4, 16)]

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import make_adapter, make_model
 from typer.testing import CliRunner
 
-from openlora.adapters.catalog import CatalogReader
+from openlora.adapters.catalog_reader import CatalogReader
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.manifest import adapter_manifest
 

@@ -16,7 +16,9 @@ import pytest
 from tiny_models import make_adapter, make_model
 
 from openlora.adapters.base_modules import base_modules
-from openlora.adapters.catalog import BaseFacts, Catalog, CatalogReader
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import BaseFacts
 from openlora.adapters.ingest import ingest, sync_directory
 from openlora.adapters.ingest_worker import (
     Copied,

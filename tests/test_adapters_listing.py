@@ -9,7 +9,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts
 from openlora.adapters.commands import PAGE_NAMES, adapters_app
 
 NAMES = [f"poet-{number:03}" for number in range(PAGE_NAMES + 1)]

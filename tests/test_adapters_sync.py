@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_models import make_adapter, make_model
 
-from openlora.adapters.catalog import BaseFacts, Catalog, CatalogReader
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import BaseFacts
 from openlora.adapters.ingest import sync_directory
 from openlora.adapters.ingest_worker import IngestResult, Started, known_records
 from openlora.adapters.manifest import SETTLED_NS, model_manifest

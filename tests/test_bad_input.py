@@ -13,7 +13,7 @@ from conftest import ALICE_KEY
 from live_server import LiveServer
 from raw_calls import ask, books, call, events, http_error, post, refusal
 
-from openlora.adapters.catalog import CatalogReader
+from openlora.adapters.catalog_reader import CatalogReader
 
 NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 

@@ -12,7 +12,9 @@ from tiny_models import make_adapter
 from typer.testing import CliRunner
 
 from openlora.adapters.cache_quota import evictions
-from openlora.adapters.catalog import AdapterRecord, Catalog, CatalogReader
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import AdapterRecord
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import check_result, job_of

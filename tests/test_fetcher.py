@@ -21,7 +21,8 @@ from scripted_source import Fault, ScriptedSource
 from tiny_models import make_adapter
 from typer.testing import CliRunner
 
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.ingest import ingest
 from openlora.adapters.ingest_jobs import check_result, job_of

@@ -2,7 +2,8 @@
 
 import pytest
 
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts
 from openlora.config import BaseModelFacts, RunConfig, load_settings
 from openlora.errors import AdapterNotFound
 from openlora.serving.access import AccessPolicy

@@ -27,7 +27,9 @@ from tiny_models import Engine, digest_of, make_adapter, make_prompt, use
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from openlora.adapters.catalog import BaseFacts, Catalog, CatalogReader
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import BaseFacts
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.ingest import ingest, sync_directory
 from openlora.adapters.ingest_worker import Copied, Ingester, IngestJob, IngestRequest, IngestResult

@@ -14,7 +14,8 @@ from chain import Devnet, terms_of
 from chain_node import CARD, ChainNode
 from scripted_source import Fault, ScriptedSource
 
-from openlora.adapters.catalog import AdapterRecord, Catalog
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_rows import AdapterRecord
 from openlora.adapters.chain_view import CHAIN_ORIGIN, ChainTerms, ChainView
 from openlora.attribution.settlement.registry import Registry
 from openlora.errors import AdapterNotFound, ChainMismatch, InvalidArgument, Unavailable
@@ -257,7 +258,8 @@ def test_a_chain_that_does_not_answer_leaves_the_view_as_it_was(
 
 def test_readers_see_one_block_or_the_next_never_both(tmp_path: Path) -> None:
     """A writer moves the view and all terms together; a reader that asks several things sees them together."""
-    from openlora.adapters.catalog import BaseFacts, CatalogReader
+    from openlora.adapters.catalog_reader import CatalogReader
+    from openlora.adapters.catalog_rows import BaseFacts
 
     owner = "0x70997970C51812dc3A010C7d01b50e0d17dc79C8"
     names = [f"{owner}/a", f"{owner}/b"]

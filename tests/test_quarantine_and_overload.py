@@ -18,7 +18,7 @@ from raw_calls import LONG, Stream, ask, books, http_error, post, refusal, runni
 from safetensors.numpy import load_file, save_file
 from usage_watch import UsageWatch
 
-from openlora.adapters.catalog import CatalogReader
+from openlora.adapters.catalog_reader import CatalogReader
 from openlora.attribution.journal import STATUS_ERROR
 
 MAX_RANK = 64

@@ -15,7 +15,9 @@ from live_server import key_digest
 from small_server import card
 from typer.testing import CliRunner
 
-from openlora.adapters.catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts
 from openlora.adapters.ingest import ingest, sync_directory
 from openlora.adapters.ingest_worker import IngestJob
 from openlora.adapters.routes import Group, Routes, RoutesReader, Target

@@ -16,7 +16,7 @@ from conftest import ALICE_KEY
 from live_server import LiveServer, key_digest
 from small_server import small_server
 
-from openlora.adapters.catalog import CatalogReader
+from openlora.adapters.catalog_reader import CatalogReader
 from openlora.attribution.log_key import load_log_key
 from openlora.attribution.verify import verify_receipt
 from openlora.errors import AdapterNotFound, InvalidArgument

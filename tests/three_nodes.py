@@ -25,7 +25,7 @@ from scripted_source import ScriptedSource
 from small_server import CONFIG
 from transformers import LlamaConfig
 
-from openlora.adapters.catalog import CatalogReader
+from openlora.adapters.catalog_reader import CatalogReader
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.attribution.checkpoint import verify_checkpoint
 from openlora.attribution.log_key import load_log_key

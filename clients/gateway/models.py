@@ -6,7 +6,8 @@ import contextlib
 import time
 from typing import Any
 
-from openlora.adapters.catalog import AdapterFilter, AdapterRecord, CatalogReader
+from openlora.adapters.catalog_reader import CatalogReader
+from openlora.adapters.catalog_rows import AdapterFilter, AdapterRecord
 from openlora.adapters.chain_view import CHAIN_ORIGIN
 from openlora.config import RunConfig
 from openlora.errors import AdapterNotFound

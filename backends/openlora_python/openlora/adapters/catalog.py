@@ -3,60 +3,26 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
-from ..transaction import create_private, transaction
+from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument
+from ..transaction import transaction
+from .catalog_file import open_to_write
 from .catalog_rows import (
     CHAIN_NAME,
     NAME,
-    AdapterFilter,
     AdapterRecord,
     BaseFacts,
-    Page,
     find,
     select,
-    select_irreplaceable,
-    select_page,
 )
-from .chain_view import CHAIN_ORIGIN, ChainTerms, ChainView, read_view, write_view
-from .chain_view import SCHEMA as CHAIN_SCHEMA
+from .chain_view import CHAIN_ORIGIN, ChainTerms, ChainView, write_view
 
 RESERVED_NAMES = ("base",)
-BUSY_SECONDS = 10.0
-# 0: without `names`; the newest version of a name was its current one. 1: without a chain's view.
-FORMAT = 2
-SCHEMA = f"""{CHAIN_SCHEMA}
-CREATE TABLE IF NOT EXISTS base (
-    id INTEGER PRIMARY KEY CHECK (id = 1), path TEXT NOT NULL, digest TEXT NOT NULL, max_rank INTEGER NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS names (
-    name TEXT PRIMARY KEY, current INTEGER NOT NULL, pinned INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1))
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS adapter_groups (
-    name TEXT PRIMARY KEY, targets TEXT NOT NULL, skip_unready INTEGER NOT NULL, changed_at INTEGER NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS adapter_tasks (
-    task TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (task, name)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS task_preferences (task TEXT PRIMARY KEY, adapter TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS adapters (
-    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, base TEXT NOT NULL, rank INTEGER NOT NULL,
-    target_modules TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('ready', 'quarantined')),
-    reason TEXT NOT NULL, card TEXT, source TEXT NOT NULL, origin TEXT NOT NULL, source_state TEXT NOT NULL,
-    added_at INTEGER NOT NULL, removed_at INTEGER,
-    PRIMARY KEY (name, version)
-) STRICT;
-CREATE INDEX IF NOT EXISTS adapters_by_digest ON adapters (name, digest);
-"""
-
 Change = Literal["added", "updated", "unchanged"]
 
 
@@ -84,14 +50,7 @@ class Catalog:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        create_private(path)
-        self._connection = _connect(path)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        before = _format(self._connection, path)
-        self._connection.executescript(SCHEMA)
-        if before < FORMAT:
-            self._migrate(path)
+        self._connection = open_to_write(path)
 
     def __enter__(self) -> Catalog:
         return self
@@ -329,102 +288,3 @@ class Catalog:
         if record.status == "ready" and record.card:  # a name stays with a task: the card of its version has the word
             tasks = [(task, record.name) for task in record.card.get("tasks", ())]
             self._connection.executemany("INSERT OR IGNORE INTO adapter_tasks VALUES (?, ?)", tasks)
-
-    def _migrate(self, path: Path) -> None:
-        with transaction(self._connection):
-            if _format(self._connection, path) == FORMAT:
-                return  # another process was faster
-            if _format(self._connection, path) == 0:
-                self._connection.execute(
-                    "INSERT INTO names (name, current) "
-                    "SELECT name, max(version) FROM adapters WHERE removed_at IS NULL GROUP BY name"
-                )
-            self._connection.execute(f"PRAGMA user_version = {FORMAT}")
-
-
-class CatalogReader:
-    """The resolver's side: every call sees what is committed at that moment, by whichever process."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise Unavailable(f"no adapter catalog at {path}: `openlora serve` and `openlora adapters add` make one")
-        self._connection = _connect(path)
-        if _format(self._connection, path) < FORMAT:
-            with Catalog(path):
-                pass  # that brings it to today's format
-        self._connection.execute("PRAGMA query_only = ON")
-        self._lock = threading.RLock()
-
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """`find`, `lookup` and `chain_view` of this thread see one state of the catalog; other threads wait."""
-        with self._lock:
-            self._connection.execute("BEGIN")
-            try:
-                yield
-            finally:
-                self._connection.execute("COMMIT")
-
-    def chain_view(self) -> ChainView | None:
-        """The block that requests go by; None: no chain was ever followed."""
-        with self._lock:
-            return read_view(self._connection)
-
-    def close(self) -> None:
-        self._connection.close()
-
-    def lookup(self, name: str, version: int | str | None = None) -> AdapterRecord:
-        """The version of `name` that a request means.
-
-        Args:
-            version: a number, the first 8 or more hex digits of a digest, or None for the current one.
-
-        Raises:
-            AdapterNotFound: no such name or version, or removed.
-            AdapterInvalid: quarantined; the message is the reason.
-            InvalidArgument: `version` is no version, or a digest prefix that fits several versions' bytes.
-        """
-        record = self.find(name, version)
-        if record.status != "ready":
-            raise AdapterInvalid(record.reason, field=f"adapter {name}")
-        return record
-
-    def find(self, name: str, version: int | str | None = None) -> AdapterRecord:
-        """As `lookup`, but quarantined ones as well."""
-        with self._lock:
-            return find(self._connection, name, version)
-
-    def names(self) -> list[str]:
-        """Names that answer: those whose current version is ready."""
-        return [record.name for record in self.page(AdapterFilter(status="ready", current=True)).records]
-
-    def records(self) -> list[AdapterRecord]:
-        """All versions that aren't removed, by name and version."""
-        return self.page().records
-
-    def irreplaceable(self) -> set[str]:
-        """Digests that a version needs and no remote source could bring again (local ones, merges), and pinned ones.
-
-        Quarantined ones too: another base model may make them ready.
-        """
-        with self._lock:
-            return select_irreplaceable(self._connection)
-
-    def page(self, wanted: AdapterFilter | None = None, after: str = "", limit: int | None = None) -> Page:
-        """The versions that are `wanted` (None: all) of at most `limit` names (None: all) that sort after `after`."""
-        with self._lock, self._connection:
-            self._connection.execute("BEGIN")  # both queries of a page see the same
-            return select_page(self._connection, wanted or AdapterFilter(), after, limit)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = FULL")
-    return connection
-
-
-def _format(connection: sqlite3.Connection, path: Path) -> int:
-    (number,) = connection.execute("PRAGMA user_version").fetchone()
-    if number > FORMAT:
-        raise Unavailable(f"{path} is of format {number}, made by a newer OpenLoRA; this one reads up to {FORMAT}")
-    return number

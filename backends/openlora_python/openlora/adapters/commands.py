@@ -21,10 +21,13 @@ from ..command_errors import reported
 from ..config import EngineSettings
 from ..errors import AdapterNotFound, InvalidArgument
 from ..serving.adapter_spec import AdapterSpec, parse_adapters
-from .catalog import AdapterFilter, AdapterRecord, BaseFacts, Catalog, CatalogReader, check_name
+from .catalog import Catalog, check_name
+from .catalog_file import CATALOG_FILE
+from .catalog_reader import CatalogReader
+from .catalog_rows import AdapterFilter, AdapterRecord, BaseFacts
 from .ingest import ingest
 from .ingest_jobs import check_result, fetch_evicted, job_of
-from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Copied, Downloaded, Event, IngestResult
+from .ingest_worker import CACHE_DIRECTORY, Copied, Downloaded, Event, IngestResult
 from .lora_config import parse_object
 from .manifest import model_manifest
 from .merge import SOURCE_PREFIX, ModuleMerged, merge_record
@@ -110,7 +113,7 @@ def list_adapters(
     as_json: AsJson = False,
 ) -> None:
     """Adapters by name, with all versions that aren't removed."""
-    with reported(), _reader(state_dir) as reader:
+    with reported(), CatalogReader(state_dir / CATALOG_FILE) as reader:
         if status not in (None, "ready", "quarantined"):
             raise InvalidArgument(f"ready or quarantined is wanted, got {status!r:.80}", field="status")
         if limit is None and not as_json and sys.stdout.isatty():
@@ -132,7 +135,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """One adapter, quarantined ones included."""
-    with reported(), _reader(state_dir) as reader:
+    with reported(), CatalogReader(state_dir / CATALOG_FILE) as reader:
         tree = _as_tree(reader.find(name, version), state_dir)
         if as_json:
             typer.echo(json.dumps(tree))
@@ -270,15 +273,6 @@ def _base(state_dir: Path, model: Path | None) -> BaseFacts:
                 field="model",
             )
         return known
-
-
-@contextmanager
-def _reader(state_dir: Path) -> Iterator[CatalogReader]:
-    reader = CatalogReader(state_dir / CATALOG_FILE)
-    try:
-        yield reader
-    finally:
-        reader.close()
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import AdapterInvalid, Internal, InvalidArgument
-from .catalog import AdapterRecord, BaseFacts, Catalog, check_name
+from .catalog import Catalog, check_name
+from .catalog_file import CATALOG_FILE
+from .catalog_rows import AdapterRecord, BaseFacts
 from .ingest_worker import (
     CACHE_DIRECTORY,
-    CATALOG_FILE,
     Event,
     IngestJob,
     IngestRequest,

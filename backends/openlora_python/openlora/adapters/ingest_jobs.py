@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
-from .catalog import BaseFacts
+from .catalog_rows import BaseFacts
 from .chain_view import CHAIN_ORIGIN
 from .ingest import Progress, ingest
 from .ingest_worker import CACHE_DIRECTORY, IngestJob, IngestResult, known_records

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,10 @@ from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
 from .base_modules import BaseModules, base_modules
 from .cache_quota import evictions
-from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader
+from .catalog import Catalog
+from .catalog_file import CATALOG_FILE
+from .catalog_reader import CatalogReader
+from .catalog_rows import AdapterRecord, BaseFacts
 from .chain_view import CHAIN_ORIGIN
 from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
@@ -30,7 +33,6 @@ from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settle
 from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter, validate_config
 from .worker_process import Fatal, take_request
 
-CATALOG_FILE = "catalog.sqlite"  # below the state directory, as RunConfig.catalog_path and adapter_cache say
 CACHE_DIRECTORY = "adapters"
 MODULES_DIRECTORY = "base_modules"
 REPORT_BYTES = 8 << 20  # between two reports of a copy
@@ -227,7 +229,7 @@ class Ingester:
         """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
         if self._limits.cache_bytes is None:
             return []
-        with closing(CatalogReader(self._state_dir / CATALOG_FILE)) as reader:
+        with CatalogReader(self._state_dir / CATALOG_FILE) as reader:
             kept = reader.irreplaceable()
         return evictions(
             self._store.copies(), lambda digest: digest in kept or self._store.is_leased(digest), more, self._limits
@@ -312,7 +314,7 @@ def result_of(record: AdapterRecord, change: Literal["added", "updated", "unchan
 
 def known_records(state_dir: Path) -> list[AdapterRecord]:
     """All versions in the catalog that aren't removed."""
-    with closing(CatalogReader(state_dir / CATALOG_FILE)) as reader:
+    with CatalogReader(state_dir / CATALOG_FILE) as reader:
         return reader.records()
 
 

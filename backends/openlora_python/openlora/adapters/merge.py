@@ -18,8 +18,11 @@ from ..attribution.card import parse_card
 from ..errors import Internal, InvalidArgument, Overloaded, Unavailable
 from ..serving.adapter_spec import AdapterSpec
 from .base_modules import BaseModules, base_modules
-from .catalog import AdapterRecord, BaseFacts, Catalog, CatalogReader, Change, check_name
-from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, MODULES_DIRECTORY
+from .catalog import Catalog, Change, check_name
+from .catalog_file import CATALOG_FILE
+from .catalog_reader import CatalogReader
+from .catalog_rows import AdapterRecord, BaseFacts
+from .ingest_worker import CACHE_DIRECTORY, MODULES_DIRECTORY
 from .lora_config import AdapterConfig
 from .manifest import WEIGHTS_FILE
 from .merge_layout import MergedModule, lay_out
@@ -109,11 +112,8 @@ def merge(
         raise InvalidArgument(f"{name!r} is one of the sources: the new adapter needs a name of its own", field="name")
     if card is not None:
         card = _terms(card, base)
-    reader = CatalogReader(state_dir / CATALOG_FILE)
-    try:
+    with CatalogReader(state_dir / CATALOG_FILE) as reader:
         found = [(source, reader.lookup(source.name, source.version)) for source in sources]
-    finally:
-        reader.close()
     plan = MergePlan.of(
         [MergeSource(record.digest, source.weight) for source, record in found],
         method,
@@ -139,11 +139,8 @@ def prepare(request: MergeRequest) -> Prepared | MergeResult:
     """Everything short of reading weights: the same merge if it was made before, or its layout within all limits."""
     state_dir, plan = Path(request.state_dir), request.plan
     store = AdapterStore(state_dir / CACHE_DIRECTORY)
-    reader = CatalogReader(state_dir / CATALOG_FILE)
-    try:
+    with CatalogReader(state_dir / CATALOG_FILE) as reader:
         merged = [record for record in reader.records() if record.source.startswith(SOURCE_PREFIX)]
-    finally:
-        reader.close()
     if again := _same(merged, plan, store):
         return _named(request, again)
     modules = base_modules(Path(request.base.path), request.base.digest, state_dir / MODULES_DIRECTORY)

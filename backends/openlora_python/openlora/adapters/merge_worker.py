@@ -19,8 +19,10 @@ import msgspec
 import torch
 
 from ..errors import OpenLoRAError, Unavailable
-from .catalog import AdapterRecord, Catalog
-from .ingest_worker import CACHE_DIRECTORY, CATALOG_FILE
+from .catalog import Catalog
+from .catalog_file import CATALOG_FILE
+from .catalog_rows import AdapterRecord
+from .ingest_worker import CACHE_DIRECTORY
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .merge import MergeRequest, MergeResult, ModuleMerged, Prepared, prepare, result, source_of
 from .merge_files import write_merged

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AdapterInvalid, OpenLoRAError
-from .catalog import AdapterRecord
+from .catalog_rows import AdapterRecord
 from .chain_view import CHAIN_ORIGIN
 from .fetch import Advance, FetchArea, Part, Wanted, fetch
 from .ingest_worker import (

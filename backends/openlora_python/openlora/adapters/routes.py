@@ -22,7 +22,8 @@ import msgspec
 from ..attribution.card import TASK
 from ..errors import AdapterNotFound, InvalidArgument, Unavailable
 from ..transaction import transaction
-from .catalog import BUSY_SECONDS, Catalog, check_name
+from .catalog import Catalog, check_name
+from .catalog_file import BUSY_SECONDS
 
 MAX_TARGETS = 16
 MAX_WEIGHT = 1_000_000

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from ..command_errors import reported
 from ..errors import AdapterNotFound, InvalidArgument
-from .catalog import CatalogReader
-from .ingest_worker import CATALOG_FILE
+from .catalog_file import CATALOG_FILE
+from .catalog_reader import CatalogReader
 from .routes import Group, Routes, RoutesReader, Target
 
 StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the server keeps its state.")]
@@ -37,7 +37,7 @@ def set_group(
 ) -> None:
     """Make a group, or change the one of this name: each request that names it gets one of its targets, by weight."""
     with reported():
-        with _catalog(state_dir) as catalog:
+        with CatalogReader(state_dir / CATALOG_FILE) as catalog:
             targets = tuple(_target(text, catalog) for text in to)
         with Routes(state_dir / CATALOG_FILE) as routes:
             group = routes.set_group(Group(name, targets, skip_unready))
@@ -47,7 +47,7 @@ def set_group(
 @routes_app.command("list")
 def list_routes(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
     """All groups, how their targets do, and which adapters are preferred for tasks."""
-    with reported(), _catalog(state_dir) as catalog:
+    with reported(), CatalogReader(state_dir / CATALOG_FILE) as catalog:
         with Routes(state_dir / CATALOG_FILE):
             reader = RoutesReader(state_dir / CATALOG_FILE)
         groups, preferences = reader.groups(), reader.preferences()
@@ -87,7 +87,7 @@ def prefer(
 ) -> None:
     """Of several adapters for a task, requests that name the task get this one."""
     with reported():
-        with _catalog(state_dir) as catalog:
+        with CatalogReader(state_dir / CATALOG_FILE) as catalog:
             declared = (catalog.find(name).card or {}).get("tasks", [])
         if task not in declared:
             raise InvalidArgument(f"the card of {name!r} declares {declared}, not {task!r:.80}", field="task")
@@ -133,17 +133,8 @@ def _shown(group: Group) -> str:
 
 
 @contextmanager
-def _catalog(state_dir: Path) -> Iterator[CatalogReader]:
-    reader = CatalogReader(state_dir / CATALOG_FILE)
-    try:
-        yield reader
-    finally:
-        reader.close()
-
-
-@contextmanager
 def _routes(state_dir: Path) -> Iterator[Routes]:
-    with _catalog(state_dir):
+    with CatalogReader(state_dir / CATALOG_FILE):
         pass  # there must be one: to write routes into an empty file helps nobody
     with Routes(state_dir / CATALOG_FILE) as routes:
         yield routes

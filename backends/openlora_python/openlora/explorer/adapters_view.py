@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.catalog import AdapterRecord, CatalogReader
+from ..adapters.catalog_reader import CatalogReader
+from ..adapters.catalog_rows import AdapterRecord
 from ..config import RunConfig
 from ..serving.access import ANONYMOUS, AccessPolicy
 
@@ -77,7 +78,7 @@ class AdaptersView:
             policy = AccessPolicy(RunConfig.load(self._state_dir / "run"))
         except (OSError, ValueError):  # it is being written, or was just removed
             return _NOTHING
-        with closing(policy), closing(CatalogReader(self._path)) as reader:
+        with closing(policy), CatalogReader(self._path) as reader:
             told = [record for record in reader.records() if policy.allows(ANONYMOUS, record)]
         told.sort(key=lambda record: (record.name, not record.current, -record.version))
         names = {record.digest: record.name for record in reversed(told) if record.digest}

@@ -81,9 +81,10 @@ def status(
     deployment: DeploymentFile = DEVNET_DEPLOYMENT, state_dir: StateDir = Path("var"), as_json: AsJson = False
 ) -> None:
     """The chain, its parameters, and the view that the server of a state directory goes by."""
-    from ..adapters.catalog import AdapterFilter, CatalogReader
+    from ..adapters.catalog_file import CATALOG_FILE
+    from ..adapters.catalog_reader import CatalogReader
+    from ..adapters.catalog_rows import AdapterFilter
     from ..adapters.chain_view import CHAIN_ORIGIN
-    from ..adapters.ingest_worker import CATALOG_FILE
     from .chain_facts import read_facts
     from .deployment import Deployment
     from .registry_state import registry_view
@@ -101,14 +102,10 @@ def status(
             "view": None,
         }
         if (state_dir / CATALOG_FILE).is_file():
-            reader = CatalogReader(state_dir / CATALOG_FILE)
-            view = reader.chain_view()
-            names = [
-                record.name
-                for record in reader.page(AdapterFilter(status="ready", current=True)).records
-                if record.origin == CHAIN_ORIGIN
-            ]
-            reader.close()
+            with CatalogReader(state_dir / CATALOG_FILE) as reader:
+                view = reader.chain_view()
+                ready = reader.page(AdapterFilter(status="ready", current=True)).records
+            names = [record.name for record in ready if record.origin == CHAIN_ORIGIN]
             if view is not None:
                 tree["view"] = {
                     "block": view.number,

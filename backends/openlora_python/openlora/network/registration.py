@@ -13,8 +13,8 @@ from eth_abi import encode as abi_encode
 from eth_hash.auto import keccak
 from pydantic import ValidationError
 
-from ..adapters.catalog import CatalogReader
-from ..adapters.ingest_worker import CATALOG_FILE
+from ..adapters.catalog_file import CATALOG_FILE
+from ..adapters.catalog_reader import CatalogReader
 from ..adapters.lora_config import parse_object
 from ..adapters.manifest import CARD_FILE, CONFIG_FILE, adapter_manifest, model_manifest
 from ..adapters.store import MAX_CARD_BYTES
@@ -69,11 +69,8 @@ def local_model(what: str, card_file: Path | None, state_dir: Path) -> LocalMode
     given = None if card_file is None else parse_object(card_file.read_bytes(), str(card_file), MAX_CARD_BYTES)
     directory = Path(what)
     if not directory.is_dir():
-        reader = CatalogReader(state_dir / CATALOG_FILE)
-        try:
+        with CatalogReader(state_dir / CATALOG_FILE) as reader:
             record = reader.lookup(what)
-        finally:
-            reader.close()
         card = _card(given or record.card, what)
         digest, base = bytes.fromhex(record.digest), bytes.fromhex(record.base)
         return LocalModel(record.name, digest, base, True, card, record.source)

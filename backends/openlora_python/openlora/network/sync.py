@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..adapters.catalog import BaseFacts, Catalog, check_name
+from ..adapters.catalog import Catalog, check_name
+from ..adapters.catalog_file import CATALOG_FILE
+from ..adapters.catalog_rows import BaseFacts
 from ..adapters.chain_view import CHAIN_ORIGIN, ChainTerms, ChainView
 from ..adapters.ingest import ingest
 from ..adapters.ingest_jobs import job_of
-from ..adapters.ingest_worker import CATALOG_FILE, IngestJob, IngestResult
+from ..adapters.ingest_worker import IngestJob, IngestResult
 from ..adapters.printable import printable
 from ..config import NetworkSettings
 from ..errors import InvalidArgument, Unavailable

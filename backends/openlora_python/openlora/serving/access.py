@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..adapters.catalog import AdapterRecord
+from ..adapters.catalog_rows import AdapterRecord
 from ..attribution.log_key import load_log_key
 from ..config import Access, RunConfig, UsageLimits
 from ..errors import InvalidArgument, Unavailable

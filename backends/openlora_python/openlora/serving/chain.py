@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ..adapters.catalog import CatalogReader
+from ..adapters.catalog_reader import CatalogReader
 from ..adapters.chain_view import ChainView
 from ..attribution.registry_reference import RegistryReference
 from ..config import RunConfig

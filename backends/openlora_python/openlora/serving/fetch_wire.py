@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..adapters.catalog import BaseFacts
+from ..adapters.catalog_rows import BaseFacts
 from ..adapters.sources import SourceLimits
 from ..engine.wire import Hello
 

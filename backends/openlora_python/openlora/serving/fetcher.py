@@ -19,9 +19,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from ..adapters.catalog import Catalog, CatalogReader
+from ..adapters.catalog import Catalog
+from ..adapters.catalog_file import CATALOG_FILE
+from ..adapters.catalog_reader import CatalogReader
 from ..adapters.http_source import trusted_certificates
-from ..adapters.ingest_worker import CACHE_DIRECTORY, CATALOG_FILE, Ingester, IngestJob, IngestResult
+from ..adapters.ingest_worker import CACHE_DIRECTORY, Ingester, IngestJob, IngestResult
 from ..adapters.remote_ingest import RemoteIngest
 from ..adapters.sources import is_uri, parse_uri
 from ..adapters.store import AdapterStore, not_fetchable

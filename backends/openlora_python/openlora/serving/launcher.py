@@ -25,7 +25,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from ..adapters.catalog import BaseFacts, Catalog
+from ..adapters.catalog import Catalog
+from ..adapters.catalog_rows import BaseFacts
 from ..adapters.ingest import sync_directory
 from ..adapters.ingest_worker import IngestResult
 from ..adapters.printable import printable

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..adapters.catalog import AdapterRecord, CatalogReader
-from ..adapters.catalog_rows import CHAIN_NAME
+from ..adapters.catalog_reader import CatalogReader
+from ..adapters.catalog_rows import CHAIN_NAME, AdapterRecord
 from ..adapters.chain_view import ChainView
 from ..adapters.sources import SourceLimits, is_uri
 from ..adapters.store import mark_used, not_fetchable

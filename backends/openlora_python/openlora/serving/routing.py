@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..adapters.catalog import AdapterRecord
+from ..adapters.catalog_rows import AdapterRecord
 from ..adapters.routes import Group, RoutesReader
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
 from .adapter_spec import FIELD, AdapterSpec
