@@ -286,7 +286,8 @@ def test_a_directorys_adapter_and_one_added_by_hand_do_not_fight(catalog, reader
 def test_an_open_reader_sees_another_process_write(path, catalog, reader):
     assert reader.records() == []
     script = (
-        "import sys; from pathlib import Path; from openlora.adapters.catalog import Catalog; from openlora.adapters.catalog_rows import AdapterRecord\n"
+        "import sys; from pathlib import Path; from openlora.adapters.catalog import Catalog\n"
+        "from openlora.adapters.catalog_rows import AdapterRecord\n"
         "with Catalog(Path(sys.argv[1])) as catalog:\n"
         "    catalog.put(AdapterRecord('poet', 0, '1' * 64, 8, 'ready', '', None, base='b' * 64))\n"
     )
@@ -311,7 +312,8 @@ def test_a_lookup_is_one_query_however_much_there_is(catalog, reader):
 BUSY_WRITER = """
 import sys
 from pathlib import Path
-from openlora.adapters.catalog import Catalog; from openlora.adapters.catalog_rows import AdapterRecord
+from openlora.adapters.catalog import Catalog
+from openlora.adapters.catalog_rows import AdapterRecord
 with Catalog(Path(sys.argv[1])) as catalog:
     for version in range(1, 201):
         catalog.put(AdapterRecord("poet", 0, f"{version:064x}", 8, "ready", "", {"is": version}, base="b" * 64))
@@ -369,7 +371,8 @@ def test_names(catalog):
 def test_opening_the_catalog_again_takes_no_locks_away(path):
     """The last connection to go removes the log; one that is wrongly taken for the last loses others' changes."""
     put = (
-        "import pathlib, sys; from openlora.adapters.catalog import Catalog; from openlora.adapters.catalog_rows import AdapterRecord\n"
+        "import pathlib, sys; from openlora.adapters.catalog import Catalog\n"
+        "from openlora.adapters.catalog_rows import AdapterRecord\n"
         "with Catalog(pathlib.Path(sys.argv[1])) as other:\n"
         "    other.put(AdapterRecord(sys.argv[2], 0, 'ab' * 32, 4, 'ready', '', None))\n"
     )

@@ -11,44 +11,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 from ..errors import AdapterInvalid, InvalidArgument
 from .adapter_block import Adapter
 from .api import AdapterStats, AdapterUse
 from .eviction import EvictionOrder, Worth
+from .residency_entry import Entry, Readable
 
-
-class Readable(Protocol):
-    """An adapter of which everything is known but its numbers (`adapter_file.OpenAdapter`)."""
-
-    nbytes: int
-
-    def read(self) -> Adapter: ...
-
-
-@dataclass(eq=False)
-class _Entry:
-    """What is known of an adapter that somebody wants, or that is in host memory."""
-
-    digest: str
-    path: str
-    pinned: bool = False  # by the catalog: evicted last
-    expecting: int = 0  # requests from submission to end
-    holders: int = 0  # requests that hold a slot for it
-    slot: bool = False
-    size: int = 0  # bytes of host memory that it has, or that are reserved for it
-    lacks_room: int = 0  # bytes that were not to be had when a load for a holder wanted them
-    loading: bool = False
-    host: Adapter | None = None
-    device: Adapter | None = None
-    error: Exception | None = None
-
-    @property
-    def worth(self) -> Worth:
-        return Worth(2 * self.pinned + (self.expecting > 0))
+COUNTED = (
+    "hits_device",
+    "hits_host",
+    "hits_disk",
+    "loads",
+    "failed_loads",
+    "placed",
+    "evictions_device",
+    "evictions_host",
+)
 
 
 class Residency:
@@ -81,28 +61,16 @@ class Residency:
         self.host_bytes = host_bytes
         self._open, self._place, self._wake = open_adapter, place, wake
         self._changed = threading.Condition()  # guards everything below
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._slots_taken = self._slots_filled = self._host_filled = 0
         self._bytes_taken = 0
-        self._idle_slots: EvictionOrder[_Entry] = EvictionOrder()  # that nobody holds
-        self._idle_host: EvictionOrder[_Entry] = EvictionOrder()  # adapters in host memory that nobody holds
-        self._needed: OrderedDict[_Entry, None] = OrderedDict()  # to be loaded for a holder, in this order
-        self._ahead: OrderedDict[_Entry, None] = OrderedDict()  # to be loaded after those, for requests that wait
-        self._postponed: OrderedDict[_Entry, int] = OrderedDict()  # those that found no room, and the bytes they take
+        self._idle_slots: EvictionOrder[Entry] = EvictionOrder()  # that nobody holds
+        self._idle_host: EvictionOrder[Entry] = EvictionOrder()  # adapters in host memory that nobody holds
+        self._needed: OrderedDict[Entry, None] = OrderedDict()  # to be loaded for a holder, in this order
+        self._ahead: OrderedDict[Entry, None] = OrderedDict()  # to be loaded after those, for requests that wait
+        self._postponed: OrderedDict[Entry, int] = OrderedDict()  # those that found no room, and the bytes they take
         self._closed = False
-        self._counts = dict.fromkeys(
-            (
-                "hits_device",
-                "hits_host",
-                "hits_disk",
-                "loads",
-                "failed_loads",
-                "placed",
-                "evictions_device",
-                "evictions_host",
-            ),
-            0,
-        )
+        self._counts = dict.fromkeys(COUNTED, 0)
         self._seconds = {"read_seconds": 0.0, "place_seconds": 0.0}
 
     # --- what the engine calls ----------------------------------------------------------------------------------------
@@ -259,7 +227,7 @@ class Residency:
         self._wake()
         return True
 
-    def _read(self, entry: _Entry) -> None:
+    def _read(self, entry: Entry) -> None:
         began = time.perf_counter()
         with self._open(entry.digest, entry.path) as file:
             with self._changed:
@@ -272,7 +240,7 @@ class Residency:
             self._counts["loads"] += 1
             self._seconds["read_seconds"] += time.perf_counter() - began
 
-    def _copy_to_slot(self, entry: _Entry) -> None:
+    def _copy_to_slot(self, entry: Entry) -> None:
         began = time.perf_counter()
         with self._changed:
             if not entry.slot or entry.device is not None:
@@ -286,14 +254,14 @@ class Residency:
 
     # --- with the lock held -------------------------------------------------------------------------------------------
 
-    def _entry(self, use: AdapterUse) -> _Entry:
+    def _entry(self, use: AdapterUse) -> Entry:
         entry = self._entries.get(use.digest)
         if entry is None:
-            entry = self._entries[use.digest] = _Entry(use.digest, use.path)
+            entry = self._entries[use.digest] = Entry(use.digest, use.path)
         entry.path, entry.pinned = use.path, use.pinned
         return entry
 
-    def _need(self, entry: _Entry) -> None:
+    def _need(self, entry: Entry) -> None:
         """Have a held adapter loaded, unless it is or will be."""
         self._ahead.pop(entry, None)
         self._postponed.pop(entry, None)
@@ -302,17 +270,17 @@ class Residency:
         if entry.device is None and not entry.loading and not entry.lacks_room and entry.error is None:
             self._needed[entry] = None
 
-    def _load_ahead(self, entry: _Entry) -> None:
+    def _load_ahead(self, entry: Entry) -> None:
         """Have an expected adapter read, unless it is or will be."""
         begun = entry.loading or entry.lacks_room or entry in self._needed or entry in self._postponed
         if entry.host is None and not begun and entry.error is None:
             self._ahead[entry] = None
 
-    def _fill_slot(self, entry: _Entry, adapter: Adapter) -> None:
+    def _fill_slot(self, entry: Entry, adapter: Adapter) -> None:
         entry.device = adapter
         self._slots_filled += 1
 
-    def _room_for(self, entry: _Entry, size: int) -> bool:
+    def _room_for(self, entry: Entry, size: int) -> bool:
         """Reserve what a load takes; if that can't be had, note what it waits for."""
         if size > self.host_bytes:
             self._give_back(entry)
@@ -328,7 +296,7 @@ class Residency:
             self._postponed[entry] = size
         return False
 
-    def _reserve(self, entry: _Entry, size: int) -> bool:
+    def _reserve(self, entry: Entry, size: int) -> bool:
         """Take `size` bytes for an adapter, evicting what must go for it and may; all or none."""
         self._give_back(entry)
         excess = self._bytes_taken + size - self.host_bytes
@@ -347,11 +315,11 @@ class Residency:
         entry.size, entry.lacks_room = size, 0
         return True
 
-    def _give_back(self, entry: _Entry) -> None:
+    def _give_back(self, entry: Entry) -> None:
         self._bytes_taken -= entry.size
         entry.size = 0
 
-    def _evict(self, entry: _Entry) -> None:
+    def _evict(self, entry: Entry) -> None:
         """Out of host memory, and so out of its slot."""
         self._counts["evictions_host"] += 1
         self._vacate(entry)
@@ -361,7 +329,7 @@ class Residency:
         self._idle_host.discard(entry)
         self._drop_if_unwanted(entry)
 
-    def _vacate(self, entry: _Entry) -> None:
+    def _vacate(self, entry: Entry) -> None:
         """Give its slot away."""
         if entry.slot:
             self._counts["evictions_device"] += entry.device is not None
@@ -371,7 +339,7 @@ class Residency:
             self._idle_slots.discard(entry)
             self._drop_if_unwanted(entry)
 
-    def _settle(self, entry: _Entry) -> None:
+    def _settle(self, entry: Entry) -> None:
         """Say whether it may be evicted now; it was just used, or is no more."""
         if entry.slot and not entry.holders:
             self._idle_slots.put(entry, entry.worth)
@@ -382,7 +350,7 @@ class Residency:
         else:
             self._idle_host.discard(entry)
 
-    def _let_go(self, entry: _Entry) -> None:
+    def _let_go(self, entry: Entry) -> None:
         """The last holder is gone."""
         entry.lacks_room = 0
         self._needed.pop(entry, None)
@@ -395,7 +363,7 @@ class Residency:
         self._settle(entry)
         self._drop_if_unwanted(entry)
 
-    def _loaded(self, entry: _Entry, error: Exception | None) -> None:
+    def _loaded(self, entry: Entry, error: Exception | None) -> None:
         """A load is over, one way or the other."""
         if error is not None:
             self._counts["failed_loads"] += 1
@@ -409,7 +377,7 @@ class Residency:
         self._settle(entry)
         self._drop_if_unwanted(entry)
 
-    def _drop_if_unwanted(self, entry: _Entry) -> None:
+    def _drop_if_unwanted(self, entry: Entry) -> None:
         if not (entry.expecting or entry.holders or entry.loading or entry.slot or entry.host is not None):
             self._give_back(entry)
             self._ahead.pop(entry, None)
