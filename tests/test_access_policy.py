@@ -15,14 +15,14 @@ from eth_account import Account
 from eth_account.messages import encode_defunct
 from live_server import key_digest
 
+from openlora.access_rule import AccessRule, TokenTerms
 from openlora.attribution.card import parse_card
 from openlora.config import UsageLimits
 from openlora.errors import InvalidArgument, Unavailable
-from openlora.serving.access import ANONYMOUS, AccessPolicy
-from openlora.serving.access_check import Holding
-from openlora.serving.access_rule import AccessRule, TokenTerms
-from openlora.serving.caller_store import CallerStore
-from openlora.serving.signed_login import MAX_LIFETIME_SECONDS, login_message
+from openlora.serving.access.caller_store import CallerStore
+from openlora.serving.access.checks import Holding
+from openlora.serving.access.policy import ANONYMOUS, AccessPolicy
+from openlora.serving.access.signed_login import MAX_LIFETIME_SECONDS, login_message
 from openlora_client import login_token, signed_token
 
 # eth_account brings py_ecc, which raises this to 100,000: deep JSON would end the test process instead of raising.

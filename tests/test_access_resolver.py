@@ -15,7 +15,7 @@ from live_server import key_digest
 
 from openlora.config import UsageLimits
 from openlora.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, OpenLoRAError, QuotaExceeded, Unavailable
-from openlora.serving.caller_store import CallerStore
+from openlora.serving.access.caller_store import CallerStore
 from openlora.serving.resolve import ResolverStep
 from openlora.serving.seal import Seal
 from openlora.serving.ticket import Quota, Ticket, TicketOffice

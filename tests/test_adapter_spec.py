@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openlora.adapters.adapter_spec import AdapterSpec, parse_adapters
 from openlora.errors import InvalidArgument
-from openlora.serving.adapter_spec import AdapterSpec, parse_adapters
 
 NAME_RULE = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 TAKEN = {

@@ -124,7 +124,7 @@ def test_one_worker_per_log_and_key(state: Path) -> None:
     first = Running(state)
     first.wait_for(lambda report: report["phase"] == "idle")
     second = settle_anchor(state)
-    assert second.returncode == 7 and "another process anchors this log" in second.stderr
+    assert second.returncode == 7 and "anchors this log with the key of" in second.stderr
     assert first.stop() == 0
 
 

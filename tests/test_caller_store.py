@@ -17,8 +17,8 @@ from access_cases import OWNER, SetClock
 
 from openlora.config import UsageLimits
 from openlora.errors import InvalidArgument, Unavailable
-from openlora.serving.caller_directory import CallerDirectory
-from openlora.serving.caller_store import KEY_PREFIX, CallerStore, digest_of
+from openlora.serving.access.caller_directory import CallerDirectory
+from openlora.serving.access.caller_store import KEY_PREFIX, CallerStore, digest_of
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from openlora.adapters.catalog import Catalog
 from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts
 from openlora.config import BaseModelFacts, RunConfig, load_settings
 from openlora.errors import AdapterNotFound
-from openlora.serving.access import AccessPolicy
+from openlora.serving.access.policy import AccessPolicy
 from openlora_gateway.models import ModelList
 
 BASE = "b" * 64

@@ -20,13 +20,13 @@ from tiny_models import Engine, make_adapter, make_model, make_prompt, use
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from openlora.adapters.adapter_spec import parse_adapters
 from openlora.adapters.catalog import Catalog
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.manifest import adapter_manifest
 from openlora.adapters.merge import merge, merge_record, source_of
 from openlora.adapters.merge_plan import MergeLimits, MergeSource
 from openlora.errors import Unavailable
-from openlora.serving.adapter_spec import parse_adapters
 
 ADDRESS = "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed"  # from EIP-55
 CARD = {"schema": 1, "owner": ADDRESS, "licence": "MIT", "prices": {"version": 1, "input": 1, "output": 2}}

@@ -20,8 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from openlora.attribution.frames import CompletionFrame, IntentFrame, Mark, Position, ProgressFrame, list_segments
 from openlora.attribution.journal import Journal, JournalReader
 from openlora.errors import QuotaExceeded, Unavailable
-from openlora.serving.quota import DAY_SECONDS, LedgerState, QuotaLedger, day_of
-from openlora.serving.quota_store import LedgerKeeper
+from openlora.serving.access.quota import DAY_SECONDS, LedgerState, QuotaLedger, day_of
+from openlora.serving.access.quota_store import LedgerKeeper
 from openlora.serving.ticket import Quota
 
 LIMITS = {"caller:a": 100, "caller:b": 40, "adapter:x": 70, "adapter:y": None}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openlora.errors import QuotaExceeded, from_message
-from openlora.serving.rate_limit import SWEEP_ABOVE, RateLimiter
+from openlora.serving.access.rate_limit import SWEEP_ABOVE, RateLimiter
 
 
 def taken(limiter: RateLimiter, *accounts: tuple[str, int | None]) -> bool:

@@ -4,9 +4,9 @@ import numpy
 import triton_python_backend_utils as pb_utils
 
 from openlora.config import RunConfig
+from openlora.processes.parent_watch import watch_from_stub
 from openlora.serving.chunk import Chunk, seal_chunk
 from openlora.serving.generate import GenerationStep
-from openlora.serving.parent_watch import watch_from_stub
 from openlora.serving.responder import Responder, tensor
 from openlora.serving.seal import Seal
 from openlora.serving.triton_metrics import TritonRegistry

@@ -8,7 +8,7 @@ import uvicorn
 
 from openlora.config import RunConfig
 from openlora.errors import OpenLoRAError
-from openlora.serving.parent_watch import exit_with
+from openlora.processes.parent_watch import exit_with
 
 from .app import create_app
 

@@ -14,9 +14,9 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from openlora.config import RunConfig
 from openlora.errors import AdapterNotFound, Unavailable
-from openlora.serving.access import ANONYMOUS, AccessPolicy
+from openlora.serving.access.policy import ANONYMOUS, AccessPolicy
+from openlora.serving.access.signed_login import is_login_token
 from openlora.serving.chain import served_chain
-from openlora.serving.signed_login import is_login_token
 from openlora_client import AsyncOpenLoRAClient
 
 from .chat import ChatTemplate

@@ -11,7 +11,7 @@ from openlora.adapters.catalog_rows import AdapterFilter, AdapterRecord
 from openlora.adapters.chain_view import CHAIN_ORIGIN
 from openlora.config import RunConfig
 from openlora.errors import AdapterNotFound
-from openlora.serving.access import AccessPolicy
+from openlora.serving.access.policy import AccessPolicy
 from openlora.serving.chain import ServedChain
 
 from .translate import BASE

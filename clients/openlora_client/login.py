@@ -10,7 +10,7 @@ from eth_keys import KeyAPI
 
 from openlora.attribution.receipt import sign_digest
 from openlora.errors import InvalidArgument
-from openlora.serving.signed_login import LoginToken, login_digest, login_message, read_token
+from openlora.serving.access.signed_login import LoginToken, login_digest, login_message, read_token
 
 __all__ = ["login_message", "login_token", "signed_token"]
 

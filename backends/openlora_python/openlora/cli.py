@@ -21,8 +21,8 @@ from .network.anchor.command import anchor
 from .network.commands import network_app
 from .network.devnet_command import devnet
 from .recipes.commands import engines_app
+from .serving.access.keys_command import keys_app
 from .serving.generate_command import generate
-from .serving.keys_command import keys_app
 from .serving.serve_command import serve, stop
 
 app = typer.Typer(

@@ -20,11 +20,11 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from .access_rule import AccessRule, chain_address
 from .engine.one_adapter.options import OneAdapterOptions
 from .engine.tensorrt_llm_options import TensorrtLlmOptions
 from .engine.vllm_options import VllmOptions
 from .errors import InvalidArgument
-from .serving.access_rule import AccessRule, chain_address
 
 RUN_DIR_VARIABLE = "OPENLORA_RUN_DIR"
 

@@ -7,8 +7,8 @@ import triton_python_backend_utils as pb_utils
 
 from openlora.config import RunConfig
 from openlora.errors import Internal, OpenLoRAError
+from openlora.processes.parent_watch import watch_from_stub
 from openlora.serving.metrics import RefusalMetrics
-from openlora.serving.parent_watch import watch_from_stub
 from openlora.serving.resolve import ResolverStep
 from openlora.serving.responder import tensor, triton_error
 from openlora.serving.status import StatusReporter

@@ -8,9 +8,9 @@ import numpy
 import triton_python_backend_utils as pb_utils
 
 from openlora.config import RunConfig
+from openlora.processes.parent_watch import watch_from_stub
 from openlora.serving.attribute import AttributionStep
 from openlora.serving.chunk import Chunk
-from openlora.serving.parent_watch import watch_from_stub
 from openlora.serving.responder import Responder, tensor
 
 REPEATED_TENSORS = 1024

@@ -20,7 +20,7 @@ from rich.text import Text
 from ..command_errors import reported
 from ..config import EngineSettings
 from ..errors import AdapterNotFound, InvalidArgument
-from ..serving.adapter_spec import AdapterSpec, parse_adapters
+from .adapter_spec import AdapterSpec, parse_adapters
 from .catalog import Catalog, check_name
 from .catalog_file import CATALOG_FILE
 from .catalog_reader import CatalogReader

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import AdapterInvalid, Internal, InvalidArgument
+from ..processes.worker_process import run_worker
 from .catalog import Catalog, check_name
 from .catalog_file import CATALOG_FILE
 from .catalog_rows import AdapterRecord, BaseFacts
@@ -22,7 +23,6 @@ from .ingest_worker import (
 )
 from .sources import SourceLimits
 from .store import AdapterStore, SourceDirectory, settled_state
-from .worker_process import run_worker
 
 Progress = Callable[[Event], None]
 

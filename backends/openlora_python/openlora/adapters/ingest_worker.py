@@ -18,6 +18,7 @@ import msgspec
 
 from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
+from ..processes.worker_process import Fatal, take_request
 from .base_modules import BaseModules, base_modules
 from .cache_quota import evictions
 from .catalog import Catalog
@@ -31,7 +32,6 @@ from .printable import printable
 from .sources import SourceLimits, is_uri
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
 from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter, validate_config
-from .worker_process import Fatal, take_request
 
 CACHE_DIRECTORY = "adapters"
 MODULES_DIRECTORY = "base_modules"

@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from ..attribution.card import parse_card
 from ..errors import Internal, InvalidArgument, Overloaded, Unavailable
-from ..serving.adapter_spec import AdapterSpec
+from ..processes.worker_process import run_worker
+from .adapter_spec import AdapterSpec
 from .base_modules import BaseModules, base_modules
 from .catalog import Catalog, Change, check_name
 from .catalog_file import CATALOG_FILE
@@ -28,7 +29,6 @@ from .manifest import WEIGHTS_FILE
 from .merge_layout import MergedModule, lay_out
 from .merge_plan import RECORD_KEY, MergeLimits, MergePlan, MergeSource, read_record
 from .store import AdapterStore
-from .worker_process import run_worker
 
 SOURCE_PREFIX = "merge:"  # in the catalog, where other adapters have the path that they came from
 

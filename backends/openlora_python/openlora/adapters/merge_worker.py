@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from ..errors import OpenLoRAError, Unavailable
+from ..processes.worker_process import Fatal, take_request
 from .catalog import Catalog
 from .catalog_file import CATALOG_FILE
 from .catalog_rows import AdapterRecord
@@ -28,7 +29,6 @@ from .merge import MergeRequest, MergeResult, ModuleMerged, Prepared, prepare, r
 from .merge_files import write_merged
 from .store import AdapterStore, SourceDirectory
 from .weights import MAX_HEADER_BYTES, validate_adapter
-from .worker_process import Fatal, take_request
 
 SCRATCH_DIRECTORY = "merging"  # below the state directory
 SPARE_BYTES = 64 << 20  # of a file beyond the weights: the header, and the catalog's own files

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from eth_utils import is_checksum_address, to_checksum_address
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ..access_rule import AccessRule
 from ..errors import InvalidArgument
-from ..serving.access_rule import AccessRule
 from .blobs import MAX_PRICE, NO_OWNER
 
 WHOLE = 1_000_000  # shares are in parts per million

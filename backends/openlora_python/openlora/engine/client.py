@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..errors import EngineRestarted, OpenLoRAError, Unavailable
-from ..serving.process_client import ProcessClient
+from ..processes.process_client import ProcessClient
 from .api import EngineInfo, EngineOutput, EngineRequest, EngineStats
 from .wire import Cancel, Figures, Outputs, Submit, ToClient, Welcome
 

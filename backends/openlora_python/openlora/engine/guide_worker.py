@@ -14,7 +14,7 @@ import signal
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
-from ..adapters.worker_process import take_request
+from ..processes.worker_process import take_request
 from .api import Guide
 
 CPU_SECONDS = 2

@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 from ..errors import OpenLoRAError
-from ..serving.parent_watch import exit_with
+from ..processes.parent_watch import exit_with
 from .api import Engine, EngineOutput, EngineRequest
 from .wire import Cancel, EngineConfig, Figures, Hello, Outputs, Report, Submit, ToEngine, Welcome
 

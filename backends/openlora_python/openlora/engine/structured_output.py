@@ -20,8 +20,8 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask
 
-from ..adapters.worker_process import run_worker
 from ..errors import Internal, InvalidArgument, OpenLoRAError, UnsupportedModel
+from ..processes.worker_process import run_worker
 from .api import GUIDE_KINDS, MAX_GUIDE_BYTES, Guide, Sampling
 from .guide_worker import CPU_SECONDS, LIMITS, Readable, Refused, one_line, read_guide
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.catalog_rows import AdapterRecord
 from ..config import RunConfig
-from ..serving.access import ANONYMOUS, AccessPolicy
+from ..serving.access.policy import ANONYMOUS, AccessPolicy
 
 
 @dataclass(frozen=True)

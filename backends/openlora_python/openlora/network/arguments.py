@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from eth_utils import is_checksum_address, to_checksum_address
 
+from ..access_rule import ADDRESS
 from ..errors import InvalidArgument
-from ..serving.access_rule import ADDRESS
 
 DEVNET_DEPLOYMENT = Path("var/devnet/deployment.json")
 

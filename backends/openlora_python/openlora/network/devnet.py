@@ -7,7 +7,6 @@ only. A chain that was lost all the same is deployed anew, which is allowed here
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gzip
 import json
 import os
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from eth_account.signers.local import LocalAccount
 
 from ..errors import ChainMismatch, OpenLoRAError, Unavailable
-from ..serving.state_dir import lock_holder
+from ..processes.lock_file import lock_holder, locked
 from .contracts import Contracts, contracts_of
 from .deploy import DeploymentPlan, deploy
 from .deployment import DEVNET_CHAIN_ID, Deployment, connect, is_loopback
@@ -106,12 +105,14 @@ def run_devnet(options: DevnetOptions, on_ready: Callable[[Deployment], None], p
 
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, ask_to_stop)
-    with _only_one(options.state_dir), _anvil(options) as process:
+    root = options.state_dir
+    root.mkdir(parents=True, exist_ok=True)
+    only_one = locked(root / LOCK_FILE, lambda pid: f"a devnet (pid {pid}) runs on {root} already")
+    with only_one, _ready_file(root) as ready, _anvil(options) as process:
         web3 = _answering(process, options)
         deployment = ensure_deployed(web3, options, progress)
         keeper = _StateKeeper(web3, options.state_dir / STATE_FILE)
         keeper.keep()
-        ready = options.state_dir / READY_FILE
         ready.write_text(f"{os.getpid()}\n")
         on_ready(deployment)
         try:
@@ -266,6 +267,17 @@ class _StateKeeper:
 
 
 @contextmanager
+def _ready_file(state_dir: Path) -> Iterator[Path]:
+    """To be written when everything is there; gone before and after."""
+    file = state_dir / READY_FILE
+    file.unlink(missing_ok=True)
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
 def _anvil(options: DevnetOptions) -> Iterator[subprocess.Popen[bytes]]:
     """anvil on this state directory; gone afterwards, and with this process however that ends."""
     anvil = str(find_tool("anvil"))
@@ -341,21 +353,3 @@ def _wait_for_port(port: int) -> None:
 def _last_words(options: DevnetOptions) -> str:
     words = (options.state_dir / "anvil.log").read_text(errors="replace").strip().splitlines()
     return f": {words[-1]}" if words else ""
-
-
-@contextmanager
-def _only_one(state_dir: Path) -> Iterator[None]:
-    state_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.pread(descriptor, 32, 0).decode().strip()
-            raise Unavailable(f"a devnet (pid {pid}) runs on {state_dir} already") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        (state_dir / READY_FILE).unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(descriptor)

@@ -11,11 +11,11 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from ..access_rule import AccessRule, TokenTerms
 from ..adapters.catalog import Catalog
 from ..config import RunConfig
 from ..errors import ContractRefused, OpenLoRAError, Unavailable
-from ..serving.access_rule import AccessRule, TokenTerms
-from ..serving.parent_watch import exit_with
+from ..processes.parent_watch import exit_with
 from .deployment import Deployment
 from .holdings import HoldingsStore, WishList
 from .rpc import reaching

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import zmq
 
-from ..serving.access_check import CLOCK_TOLERANCE_SECONDS, Holding
-from ..serving.access_rule import TokenTerms
+from ..access_rule import TokenTerms
+from ..serving.access.checks import CLOCK_TOLERANCE_SECONDS, Holding
 from ..transaction import create_private, transaction
 
 MAX_PENDING = 10_000  # addresses that wait to be read

@@ -13,6 +13,7 @@ from eth_abi import encode as abi_encode
 from eth_hash.auto import keccak
 from pydantic import ValidationError
 
+from ..access_rule import AccessRule
 from ..adapters.catalog_file import CATALOG_FILE
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.lora_config import parse_object
@@ -23,7 +24,6 @@ from ..attribution.card import Card, parse_card
 from ..attribution.log_key import LogKey
 from ..attribution.receipt import sign_digest
 from ..errors import InvalidArgument
-from ..serving.access_rule import AccessRule
 
 if TYPE_CHECKING:
     from .deployment import Deployment

@@ -6,13 +6,11 @@ and access by it ends when it is too old.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +26,8 @@ from ..adapters.ingest_jobs import job_of
 from ..adapters.ingest_worker import IngestJob, IngestResult
 from ..adapters.printable import printable
 from ..config import NetworkSettings
-from ..errors import InvalidArgument, Unavailable
+from ..errors import InvalidArgument
+from ..processes.lock_file import locked
 from .chain_card import chain_card
 from .chain_facts import read_facts
 from .deployment import Deployment
@@ -208,17 +207,8 @@ class CatalogSync:
         log.warning("adapter %s (%s…) can't be brought in: %s", printable(name), digest[:16], printable(reason))
 
 
-@contextmanager
-def only_sync(state_dir: Path) -> Iterator[None]:
+def only_sync(state_dir: Path) -> AbstractContextManager[None]:
     """Raises Unavailable when another process follows the chain for this state directory."""
     file = state_dir / "network" / "sync.lock"
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Unavailable(f"the chain is followed for {state_dir} already: a running server does it") from None
-    else:
-        yield
-    finally:
-        os.close(descriptor)
+    return locked(file, lambda pid: f"process {pid} follows the chain for {state_dir} already: a running server does")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 
+from ..access_rule import ADDRESS
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.chain_view import ChainView
 from ..attribution.registry_reference import RegistryReference
 from ..config import RunConfig
 from ..network.deployment import Deployment
 from ..network.holdings import CachedHoldings
-from .access_rule import ADDRESS
 
 RETRY_MS = 1000
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import OpenLoRAError, Unavailable, from_message
+from ..processes.process_client import ProcessClient
 from .fetch_wire import Fetch, Fetched, FromFetcher, Ready
-from .process_client import ProcessClient
 
 DEATHS = 2  # of fetchers over one adapter, which then may be the reason
 RETRY_AFTER_MS = 5000

@@ -29,8 +29,8 @@ from ..adapters.sources import is_uri, parse_uri
 from ..adapters.store import AdapterStore, not_fetchable
 from ..engine.wire import Hello
 from ..errors import AdapterInvalid, Internal, OpenLoRAError, Unavailable
+from ..processes.parent_watch import exit_with
 from .fetch_wire import Fetch, Fetched, FetcherConfig, Ready, ToFetcher
-from .parent_watch import exit_with
 from .status import StatusReporter
 
 SERVERS = 8  # that may be busy with as many downloads as `SourceLimits.parallel` allows of one

@@ -27,6 +27,7 @@ from ..errors import (
     RequestNotFound,
     Unavailable,
 )
+from .access.quota_store import LedgerKeeper
 from .adapter_supply import AdapterSupply
 from .chunk import Chunk, Control, open_control
 from .engine_metrics import EngineMetrics
@@ -34,7 +35,6 @@ from .fetch_client import FetchClient
 from .generation import Generation, Sink
 from .metrics import Registry, RequestRecord, ServingMetrics, outcome_of
 from .pacing import Pacer
-from .quota_store import LedgerKeeper
 from .seal import Seal
 from .status import StatusReporter
 from .text import TextCodec

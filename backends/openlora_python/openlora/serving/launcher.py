@@ -38,12 +38,12 @@ from ..config import RUN_DIR_VARIABLE, RunConfig, Settings
 from ..engine.wire import EngineConfig, Report
 from ..errors import OpenLoRAError, Unavailable
 from ..network.deployment import Deployment
+from ..processes.kept_process import Command, KeptProcess
+from ..processes.parent_watch import remove_shared_memory
 from .base_model import read_base_model
 from .engine_options import engine_options
 from .fetch_wire import FetcherConfig
 from .health import HealthServer
-from .parent_watch import remove_shared_memory
-from .processes import Command, KeptProcess
 from .seal import write_run_key
 from .state_dir import StateDir
 from .stubs import Stubs

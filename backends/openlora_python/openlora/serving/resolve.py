@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..adapters.adapter_spec import AdapterSpec, parse_adapters
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.catalog_rows import CHAIN_NAME, AdapterRecord
 from ..adapters.chain_view import ChainView
@@ -23,12 +24,11 @@ from ..config import RunConfig
 from ..engine.api import AdapterUse, Sampling
 from ..engine.one_adapter.rank_sum import check_rank_sum
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
-from .access import AccessPolicy
-from .adapter_spec import AdapterSpec, parse_adapters
+from .access.policy import AccessPolicy
+from .access.rate_limit import RateLimiter
 from .chain import RETRY_MS as CHAIN_RETRY_MS
 from .chain import registry_preimage, served_chain
 from .guides import GUIDE_TENSOR, TYPE_TENSOR, guide_of
-from .rate_limit import RateLimiter
 from .routing import Router
 from .sampling_parameters import SamplingParameters, merge_sampling
 from .seal import Seal

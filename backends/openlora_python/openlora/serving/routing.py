@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..adapters.adapter_spec import FIELD, AdapterSpec
 from ..adapters.catalog_rows import AdapterRecord
 from ..adapters.routes import Group, RoutesReader
 from ..errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable
-from .adapter_spec import FIELD, AdapterSpec
 
 Pin = Callable[[AdapterSpec], AdapterRecord]
 """The version that a name means for this caller; AdapterNotFound, in the same words, if it may not know of it."""

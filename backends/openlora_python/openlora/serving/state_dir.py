@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..attribution.frames import make_directory
-from ..errors import Unavailable
+from ..processes.lock_file import lock_holder, take_lock
 
 LONGEST_SOCKET_PATH = 90  # sockaddr_un holds 107 bytes
 
@@ -49,34 +47,11 @@ class StateDir:
             Unavailable: another launcher does.
         """
         make_directory(self.root)
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise Unavailable(
-                f"a server (pid {self.lock_file.read_text().strip()}) runs on {self.root} already: "
-                "`openlora stop`, or another --state-dir"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        return descriptor
+        return take_lock(
+            self.lock_file,
+            lambda pid: f"a server (pid {pid}) runs on {self.root} already: `openlora stop`, or another --state-dir",
+        )
 
     def running_pid(self) -> int | None:
         """The launcher that holds this directory, if one does."""
         return lock_holder(self.lock_file)
-
-
-def lock_holder(lock_file: Path) -> int | None:
-    """The process that holds a lock file with its pid in it, if one does."""
-    try:
-        descriptor = os.open(lock_file, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(os.pread(descriptor, 32, 0))
-    finally:
-        os.close(descriptor)
-    return None

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.wire import Report
-from .parent_watch import parent_of
-from .processes import wait_for_exit
+from ..processes.kept_process import wait_for_exit
+from ..processes.parent_watch import parent_of
 
 NAMES = ("adapter_resolver", "generation", "attribution")
 REPORTING = ("generation", "attribution")  # all the time; the resolver reports once

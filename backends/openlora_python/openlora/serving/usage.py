@@ -12,7 +12,7 @@ from ..attribution.commitments import SALT_BYTES, output_commitment, prompt_comm
 from ..attribution.frames import IntentFrame, ProgressFrame
 from ..attribution.journal import Journal
 from ..engine.api import EngineInfo
-from .quota import QuotaLedger
+from .access.quota import QuotaLedger
 from .ticket import Ticket
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
 from ...errors import ChainMismatch, Unavailable
+from ...processes.lock_file import locked
 from ..deployment import Deployment
 from ..signer import load_signer
 from .chain import AnchorChain
@@ -90,17 +89,10 @@ def _redeployed(known: Deployment, file: Path, error: ChainMismatch) -> Deployme
     return newer
 
 
-@contextmanager
-def _only_one(state_dir: Path, log_id: bytes, address: str) -> Iterator[None]:
+def _only_one(state_dir: Path, log_id: bytes, address: str) -> AbstractContextManager[None]:
     directory = state_dir / "settle"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = directory / f"anchor-{log_id.hex()[:16]}-{address}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Unavailable(f"another process anchors this log with the key of {address} already") from None
-        yield
-    finally:
-        os.close(descriptor)
+    return locked(
+        directory / f"anchor-{log_id.hex()[:16]}-{address}.lock",
+        lambda pid: f"another process (pid {pid}) anchors this log with the key of {address} already",
+    )

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..adapters.catalog_rows import AdapterRecord
-from ..attribution.log_key import load_log_key
-from ..config import Access, RunConfig, UsageLimits
-from ..errors import InvalidArgument, Unavailable
-from .access_check import AccessCheck, HoldingsView, OpenToAll, check_of
-from .access_rule import AccessRule, canonical_caller
+from ...access_rule import AccessRule, canonical_caller
+from ...adapters.catalog_rows import AdapterRecord
+from ...attribution.log_key import load_log_key
+from ...config import Access, RunConfig, UsageLimits
+from ...errors import InvalidArgument, Unavailable
 from .caller_directory import CallerDirectory
 from .caller_store import ANONYMOUS, digest_of
+from .checks import AccessCheck, HoldingsView, OpenToAll, check_of
 from .signed_login import FIELD, LoginToken, is_login_token, read_token, verify_token
 
 __all__ = ["ANONYMOUS", "AccessPolicy"]

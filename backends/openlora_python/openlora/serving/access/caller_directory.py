@@ -11,9 +11,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..config import UsageLimits
-from ..errors import Unavailable
-from .access_rule import ADDRESS
+from ...access_rule import ADDRESS
+from ...config import UsageLimits
+from ...errors import Unavailable
 from .caller_store import BUSY_SECONDS, CALLER_NAME, KEY_COLUMNS, KeyRecord
 
 CLOCK_TOLERANCE_SECONDS = 60  # a key made further in the future than this means that the clock was set back

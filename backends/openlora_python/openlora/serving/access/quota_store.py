@@ -15,9 +15,9 @@ from contextlib import closing
 from pathlib import Path
 from threading import Lock
 
-from ..attribution.frames import CompletionFrame, IntentFrame, SegmentHeader
-from ..attribution.reader import JournalReader
-from ..transaction import create_private
+from ...attribution.frames import CompletionFrame, IntentFrame, SegmentHeader
+from ...attribution.reader import JournalReader
+from ...transaction import create_private
 from .quota import KEPT_DAYS, LedgerState, QuotaLedger, Reservation, day_of
 
 UNSAVED_SECONDS = 60.0

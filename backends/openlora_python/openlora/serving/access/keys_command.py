@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..config import UsageLimits
-from ..errors import InvalidArgument, Unavailable
-from .access_rule import ADDRESS
+from ...access_rule import ADDRESS
+from ...config import UsageLimits
+from ...errors import InvalidArgument, Unavailable
 from .caller_store import CallerStore, KeyRecord, check_caller
 from .quota import day_of
 from .quota_store import load_ledger

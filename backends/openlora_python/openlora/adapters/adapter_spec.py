@@ -7,12 +7,12 @@ from typing import Any
 
 from eth_utils import to_checksum_address
 
-from ..adapters.catalog import RESERVED_NAMES
-from ..adapters.catalog_rows import CHAIN_NAME, NAME, is_adapter_name
 from ..attribution.card import TASK
 from ..engine.api import WEIGHT_ONE
 from ..errors import InvalidArgument
-from .sampling_parameters import parse_json
+from ..serving.sampling_parameters import parse_json
+from .catalog import RESERVED_NAMES
+from .catalog_rows import CHAIN_NAME, NAME, is_adapter_name
 
 MAX_ADAPTERS = 8
 MAX_WEIGHT = 10

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
-from ..errors import QuotaExceeded
+from ...errors import QuotaExceeded
 
 MINUTE = 60.0
 SWEEP_ABOVE = 4096  # buckets; full ones are then forgotten, because a new one is full as well

@@ -16,9 +16,9 @@ from typing import IO, Any, TypeVar
 
 import msgspec
 
+from ..adapters.printable import printable
 from ..errors import from_message
-from ..serving.parent_watch import exit_with
-from .printable import printable
+from .parent_watch import exit_with
 
 STDERR_TAIL = 2000
 Request = TypeVar("Request")

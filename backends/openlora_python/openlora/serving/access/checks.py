@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..adapters.catalog_rows import AdapterRecord
-from .access_rule import ADDRESS, AccessRule, TokenTerms
+from ...access_rule import ADDRESS, AccessRule, TokenTerms
+from ...adapters.catalog_rows import AdapterRecord
 
 CLOCK_TOLERANCE_SECONDS = 60.0  # a time further ahead than this means that the clock was set back
 

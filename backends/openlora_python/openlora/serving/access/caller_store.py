@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..config import UsageLimits
-from ..errors import InvalidArgument
-from ..transaction import transaction
-from .access_rule import ADDRESS, canonical_caller
+from ...access_rule import ADDRESS, canonical_caller
+from ...config import UsageLimits
+from ...errors import InvalidArgument
+from ...transaction import transaction
 
 ANONYMOUS = "anonymous"
 CALLER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}")

@@ -16,10 +16,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..attribution.keccak import keccak
-from ..attribution.receipt import recover_signer
-from ..errors import InvalidArgument
-from .access_rule import canonical_caller
+from ...access_rule import canonical_caller
+from ...attribution.keccak import keccak
+from ...attribution.receipt import recover_signer
+from ...errors import InvalidArgument
 
 SCHEME = "eip191:"
 MAX_LIFETIME_SECONDS = 3600

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
-from ..errors import QuotaExceeded, Unavailable
-from .ticket import Quota
+from ...errors import QuotaExceeded, Unavailable
+from ..ticket import Quota
 
 DAY_SECONDS = 86_400
 KEPT_DAYS = 32  # how far back a clock may be set without forgetting what was used
