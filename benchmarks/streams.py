@@ -185,7 +185,12 @@ def _part(command: list[str]) -> str:
     """The name of a process of the server."""
     if command and command[0].endswith(STUB):
         return Path(command[1]).parents[1].name  # …/model_repository/<model>/1/model.py
-    known = {"tritonserver": "tritonserver", "openlora.engine.host": "engine", "openlora_gateway": "gateway"}
+    known = {
+        "tritonserver": "tritonserver",
+        "openlora.engine.host": "engine",
+        "openlora.serving.fetcher": "fetcher",
+        "openlora_gateway": "gateway",
+    }
     for word in command:
         if name := known.get(Path(word).name):
             return name

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from chain import Devnet
+from hypothesis import HealthCheck, settings
 from live_server import LiveServer, key_digest
 from make_demo import ensure_demo
 
@@ -19,6 +20,10 @@ from openlora.adapters.manifest import model_manifest
 
 DEMO = Path(__file__).resolve().parents[1] / "var" / "demo"
 ALICE_KEY = "alice-key-for-tests"
+
+# How long a busy machine takes says nothing about what is tested.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

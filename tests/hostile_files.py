@@ -168,7 +168,7 @@ CARDS = {
     "card-deep": Hostile(file(CARD, b'{"a":' * 500 + b"1" + b"}" * 500), "openlora.json is nested deeper than 32"),
     "card-too-deep-to-parse": Hostile(file(CARD, DEEP[: 60 << 10]), "openlora.json is not JSON"),
     "card-over-64-KiB": Hostile(_card(description="x" * (64 << 10)), "bytes, at most 65536 are possible here"),
-    "card-twice-the-key": Hostile(file(CARD, b'{"schema": 1, "schema": 1}'), "a key comes twice"),
+    "card-twice-the-key": Hostile(file(CARD, b'{"schema": 1, "schema": 1}'), "comes twice"),
     "card-not-UTF-8": Hostile(file(CARD, b'{"licence": "\xff"}'), "openlora.json is not JSON"),
     "card-UTF-16": Hostile(file(CARD, json.dumps(GOOD_CARD).encode("utf-16")), "openlora.json is not JSON"),
     "card-NaN": Hostile(_prices("NaN"), "NaN is not a JSON number"),

@@ -145,7 +145,7 @@ RAW = {
     "header-unknown-field": harmless(_entry(strides=[1, 2])),
     "header-keys-backwards": harmless(_header(_reversed)),
     "header-metadata-of-7-MiB": harmless(_header(lambda header: header.update(__metadata__={"a": "x" * (7 << 20)}))),
-    "key-twice": Hostile(_twice, "its header is not JSON: a key comes twice"),
+    "key-twice": Hostile(_twice, "its header is not JSON: the key"),
     "keys-10-to-the-6": Hostile(_bigger_than_a_header_may_be, "adapter_model.safetensors is 60000008 bytes, at most"),
     "keys-as-many-as-fit": Hostile(_raw(_many_keys(148_000)), "has 148000 tensors, at most 4096 are allowed"),
     "keys-4096": Hostile(_raw(_many_keys(4096)), "unexpected tensor '0'"),

@@ -186,5 +186,5 @@ class CatalogModel(RuleBasedStateMachine):
             model.current = max(model.versions)
 
 
-CatalogModel.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+CatalogModel.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 test_catalog = CatalogModel.TestCase

@@ -73,9 +73,12 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     # JSON
     "21 logprobs": ({"sampling": {"logprobs": 21}}, "logprobs: Input should be less than or equal to 20, got 21"),
     "unknown name": ({"sampling": {"max_token": 5}}, "max_token: no such parameter"),
-    "duplicate": ({"sampling": '{"top_k":1,"top_k":2}'}, "sampling_parameters: the key 'top_k' comes twice"),
-    "NaN": ({"sampling": '{"temperature":NaN}'}, "sampling_parameters: NaN is not JSON"),
-    "Infinity": ({"sampling": '{"temperature":-Infinity}'}, "sampling_parameters: -Infinity is not JSON"),
+    "duplicate": ({"sampling": '{"top_k":1,"top_k":2}'}, "sampling_parameters: not JSON: the key 'top_k' comes twice"),
+    "NaN": ({"sampling": '{"temperature":NaN}'}, "sampling_parameters: not JSON: NaN is not a JSON number"),
+    "Infinity": (
+        {"sampling": '{"temperature":-Infinity}'},
+        "sampling_parameters: not JSON: -Infinity is not a JSON number",
+    ),
     "64 KiB": (
         {"sampling": json.dumps({"stop": "x" * 65_536})},
         "sampling_parameters: at most 65536 bytes of JSON, got 65548",
@@ -135,7 +138,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
         {"adapters": '[{"name":"pirate","weight":11}]'},
         "adapters: weight of 'pirate': at most 10 in size, got 11",
     ),
-    "weight NaN": ({"adapters": '[{"name":"pirate","weight":NaN}]'}, "adapters: NaN is not JSON"),
+    "weight NaN": ({"adapters": '[{"name":"pirate","weight":NaN}]'}, "adapters: not JSON: NaN is not a JSON number"),
     "weight huge": (
         {"adapters": '[{"name":"pirate","weight":1%s}]' % ("0" * 400)},
         f"adapters: weight of 'pirate': at most 10 in size, got 1{'0' * 79}",

@@ -324,7 +324,7 @@ def test_forty_adapters_in_eight_slots():
     st.integers(1, 3),
     st.integers(8, 40),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nobody_is_passed_more_often_than_the_bound(arrivals, max_batch, blocks):
     """The bound that the docstring of `Scheduler` states."""
     run = SchedulerRun(max_batch=max_batch, max_adapters=2, blocks=blocks)

@@ -324,7 +324,7 @@ def test_a_hostile_card_is_not_kept(ingester, good, tmp_path):
 flips = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 255)), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(changes=flips, name=st.sampled_from([CONFIG, WEIGHTS]))
 def test_flipped_bytes_are_refused_or_read_as_peft_reads_them(ingester, meaning, good, tmp_path, changes, name):
     source = tmp_path / "poet"
@@ -369,7 +369,7 @@ FIELDS += [
 ]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=2))
 def test_any_value_of_a_setting_is_refused_or_meant_as_peft_means_it(ingester, meaning, good, tmp_path, changes):
     source = tmp_path / "poet"

@@ -123,7 +123,7 @@ def test_svd_methods_are_the_truncated_optimum(method, rank, even, tmp_path):
 power_of_two = st.sampled_from([-4.0, -1.0, -0.5, 0.25, 1.0, 2.0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     seed=st.integers(0, 1000),
@@ -150,7 +150,7 @@ def test_cat_is_exact_bit_by_bit(ranks, seed, coefficients):
     torch.testing.assert_close(b.double() @ a.double(), total, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     count=st.integers(1, 5),
     rank=st.integers(1, 6),

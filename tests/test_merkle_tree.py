@@ -143,7 +143,7 @@ def mutations(proof: list[bytes]) -> list[list[bytes]]:
     return [other for other in others if other != proof]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_no_mutation_of_an_inclusion_proof_verifies(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, LARGEST))
@@ -162,7 +162,7 @@ def test_no_mutation_of_an_inclusion_proof_verifies(data: st.DataObject) -> None
         assert not verify_inclusion(node_hash(leaf, proof[0]), index >> 1, size, proof[1:], root)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_no_mutation_of_a_consistency_proof_verifies(data: st.DataObject) -> None:
     size = data.draw(st.integers(2, LARGEST))

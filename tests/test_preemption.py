@@ -130,7 +130,7 @@ requests = st.lists(
 
 
 @given(requests, st.booleans(), st.integers(15, 30), st.integers(1, 6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_workload_ends_and_keeps_the_rules(workload, prefix_cache, blocks, max_batch):
     """The rules are those of `SchedulerRun.check`; and preemptions are rare: the docstring of `Scheduler` says how."""
     run = SchedulerRun(blocks=blocks, max_batch=max_batch, max_adapters=2, prefix_cache=prefix_cache)

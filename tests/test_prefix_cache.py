@@ -148,7 +148,7 @@ class Pool(RuleBasedStateMachine):
             assert self.pool.writable(block) == (held.count(block) == 1 and block not in self.content)
 
 
-Pool.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Pool.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 test_pool = Pool.TestCase
 
 

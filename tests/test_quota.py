@@ -129,7 +129,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLedgerMachine.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_many_threads_never_exceed_a_quota_and_use_it_up() -> None:
@@ -278,7 +278,7 @@ def receipts_say(root: Path) -> dict[str, int]:
     return used
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_after_any_crash_the_ledger_is_what_receipts_say(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

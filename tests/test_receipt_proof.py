@@ -80,7 +80,7 @@ def test_every_receipt_under_the_checkpoint_is_proven(served: Path, key: LogKey)
             prove(log, COUNT + 1)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_byte_of_a_proof_can_be_changed(served: Path, key: LogKey, data: st.DataObject) -> None:
     """Of the JSON only its writing may change, not its meaning: nothing signs where its spaces are."""

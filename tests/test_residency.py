@@ -377,7 +377,7 @@ STEPS = st.one_of(
     st.integers(3, 9),
     st.lists(STEPS, max_size=80),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_limits_and_books_hold_at_any_time(ranks, slots, room, steps):
     crowd = Crowd(ranks, slots, room)
     for name, *arguments in steps:
@@ -412,7 +412,7 @@ def test_limits_and_books_hold_at_any_time(ranks, slots, room, steps):
     st.integers(2, 4),
     st.integers(2, 5),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_requests_that_hold_memory_in_advance_never_block_everybody(arrivals, max_batch, slots, room):
     """However few adapters fit, every request runs."""
     run = SchedulerRun(max_batch=max_batch, max_adapters=slots, host_bytes=room * SIZE)

@@ -79,7 +79,7 @@ def markets(draw: st.DrawFn) -> tuple[Chain, list[CaseLog], list[int]]:
     return chain, logs, draw(st.lists(st.integers(1, 3), min_size=1, max_size=8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(markets())
 def test_one_epoch_or_many_give_the_same_leaves_and_money_is_conserved(market: Any) -> None:
     chain, logs, steps = market

@@ -141,7 +141,7 @@ def cases(draw: st.DrawFn) -> tuple[Chain, list[CaseLog]]:
     return chain, logs
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(cases())
 def test_reasons_prices_shares_and_root_are_equal(case: tuple[Chain, list[CaseLog]]) -> None:
     chain, logs = case

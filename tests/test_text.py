@@ -79,7 +79,7 @@ def is_rewritten(codec: TextCodec, ids: Sequence[int], skip: bool) -> bool:
 # --- the sum of what is released ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), skip=st.booleans())
 def test_releases_add_up_to_the_decoded_whole(demo_codec: TextCodec, data: st.DataObject, skip: bool) -> None:
     tokens = st.integers(0, demo_codec.tokenizer.get_vocab_size() - 1)
@@ -87,7 +87,7 @@ def test_releases_add_up_to_the_decoded_whole(demo_codec: TextCodec, data: st.Da
     assert "".join(pieces(TextAssembler(demo_codec, skip_special_tokens=skip), ids)) == decoded(demo_codec, ids, skip)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(max_size=12), cut=st.integers(0, 20))
 @example(text="😀😁", cut=1)
 @example(text="é€\ufffd", cut=0)
@@ -97,7 +97,7 @@ def test_text_that_ends_within_a_character(demo_codec: TextCodec, text: str, cut
     assert "".join(pieces(TextAssembler(demo_codec), ids)) == decoded(demo_codec, ids)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data(), skip=st.booleans())
 def test_releases_add_up_with_byte_tokens(byte_codec: TextCodec, data: st.DataObject, skip: bool) -> None:
     words = st.integers(0, byte_codec.tokenizer.get_vocab_size() - 1).map(lambda token_id: [token_id])
@@ -155,7 +155,7 @@ def expected_text(text: str, stops: Sequence[str], include: bool) -> tuple[str, 
     return text, False
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(ids=CHUNKED, stops=STOPS, include=st.booleans())
 def test_stops_at_the_same_place_however_the_text_is_cut(
     chunk_codec: TextCodec, ids: list[int], stops: list[str], include: bool
@@ -189,7 +189,7 @@ def test_stop_examples(chunk_codec: TextCodec, stops: list[str], chunks: list[st
     assert pieces(TextAssembler(chunk_codec, stops), [CHUNKS.index(chunk) for chunk in chunks]) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), include=st.booleans())
 def test_stops_in_real_text(demo_codec: TextCodec, data: st.DataObject, include: bool) -> None:
     text = data.draw(st.sampled_from(["Tell me about the cat.", "Ω€ 😀😀 é\n\n{}", "aaa bbb aaa"]))
@@ -224,7 +224,7 @@ def test_encode_adds_special_tokens_unless_told_not_to(demo_codec: TextCodec, de
     assert demo_codec.encode("", add_special_tokens=False) == ()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=40), special=st.booleans())
 def test_encode_gives_the_tokenizers_own_ids(demo_codec: TextCodec, text: str, special: bool) -> None:
     expected = demo_codec.tokenizer.encode(text, add_special_tokens=special).ids

@@ -10,7 +10,7 @@ from eth_utils import to_checksum_address
 from ..attribution.card import TASK
 from ..engine.api import WEIGHT_ONE
 from ..errors import InvalidArgument
-from ..serving.sampling_parameters import parse_json
+from ..strict_json import parse_field
 from .catalog import RESERVED_NAMES
 from .catalog_rows import CHAIN_NAME, NAME, is_adapter_name
 
@@ -39,7 +39,7 @@ def parse_adapters(text: str) -> tuple[AdapterSpec, ...]:
         raise InvalidArgument("empty; leave it out to ask the base model", field=FIELD)
     if text.lstrip()[0] not in "[{":
         return (_one(text.strip(), 1, None),)
-    tree = parse_json(text, FIELD)
+    tree = parse_field(text, FIELD)
     if isinstance(tree, dict) and "task" in tree:
         tree = [tree]
     elif isinstance(tree, dict):

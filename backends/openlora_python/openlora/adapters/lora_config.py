@@ -6,7 +6,6 @@ nothing at inference, or computed, or refused by name.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sized
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import AdapterInvalid
+from ..strict_json import parse_strict
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ENTRIES = 2048  # of a list of names or patterns: far more than any base model has modules
@@ -167,7 +167,7 @@ class AdapterConfig:
 
 
 def parse_object(text: bytes, name: str, limit: int) -> dict[str, Any]:
-    """A JSON object of at most `limit` bytes in UTF-8, as RFC 8259 wants it: no duplicate keys, NaN and Infinity.
+    """A JSON object of at most `limit` bytes in UTF-8: see `parse_strict`.
 
     Raises:
         AdapterInvalid: naming the file and the fault.
@@ -175,10 +175,7 @@ def parse_object(text: bytes, name: str, limit: int) -> dict[str, Any]:
     if len(text) > limit:
         raise AdapterInvalid(f"{name} is {len(text)} bytes, at most {limit} are allowed")
     try:
-        # Decoded here, because json.loads guesses encodings, and who guesses otherwise reads another document.
-        tree = json.loads(
-            text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_in_range
-        )
+        tree = parse_strict(text)
     except (ValueError, RecursionError) as error:
         raise AdapterInvalid(f"{name} is not JSON: {error}") from error
     if not isinstance(tree, dict):
@@ -288,21 +285,3 @@ def _flag(tree: dict[str, Any], key: str) -> bool:
     if value is not True and value is not False:
         raise AdapterInvalid(f"{key} is {value!r:.40}, true or false is wanted")
     return value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a key comes twice")
-    return tree
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _in_range(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text:.40} is out of range")
-    return number

@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import ReceiptInvalid
+from ..strict_json import parse_strict
 from .commitments import ADAPTERS_TAG, RUNTIME_TAG, TERMS_TAG
 from .log_key import LogKey
 from .receipt import RECEIPT_SCHEMA, Receipt, encode_leaf
@@ -58,7 +59,7 @@ def parse_receipt_document(text: str | bytes) -> dict[str, Any]:
     try:
         text = text.decode() if isinstance(text, bytes) else text
         _refuse_depth(text)
-        document = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        document = parse_strict(text)
     except ValueError as error:
         raise ReceiptInvalid(f"not the JSON of a receipt: {error}") from error
     if not isinstance(document, dict):
@@ -73,14 +74,3 @@ def _refuse_depth(text: str) -> None:
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
         if depth > _MAX_DEPTH:
             raise ValueError(f"nested more than {_MAX_DEPTH} deep")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("a key is there twice")
-    return document
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from ..attribution.card import Card, parse_card
 from ..attribution.log_key import LogKey
 from ..attribution.receipt import sign_digest
 from ..errors import InvalidArgument
+from ..strict_json import parse_strict
 
 if TYPE_CHECKING:
     from .deployment import Deployment
@@ -113,10 +113,10 @@ def registration_signature(
 def read_json(path: Path) -> Any:
     """InvalidArgument: it can't be read, or is no JSON."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_strict(path.read_bytes())
     except OSError as error:
         raise InvalidArgument(f"can't read {path}: {error.strerror}", field="FILE") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path} is not JSON: {error}", field="FILE") from error
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..engine.api import MAX_GUIDE_BYTES, Guide
 from ..errors import InvalidArgument
-from .sampling_parameters import SamplingParameters, parse_json
+from ..strict_json import parse_field
+from .sampling_parameters import SamplingParameters
 
 TYPE_TENSOR, GUIDE_TENSOR = "guided_decoding_guide_type", "guided_decoding_guide"
 _TENSOR_TYPES = {"json": "json", "json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "grammar"}
@@ -109,6 +110,6 @@ def _checked(kind: str, text: str, field: str) -> Guide:
         raise InvalidArgument(f"not UTF-8: {error.reason} at {error.start}", field=field) from error
     if size > MAX_GUIDE_BYTES:
         raise InvalidArgument(f"at most {MAX_GUIDE_BYTES} bytes, got {size}", field=field)
-    if kind == "json_schema" and not isinstance(parse_json(text, field), dict):
+    if kind == "json_schema" and not isinstance(parse_field(text, field), dict):
         raise InvalidArgument("a JSON Schema is wanted, which is an object", field=field)
     return Guide(kind, text, field)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import InvalidArgument
+from ..strict_json import parse_field
 
-MAX_JSON_BYTES = 64 * 1024
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_LOGPROBS = 20
@@ -75,37 +73,6 @@ class SamplingParameters(BaseModel):
         return kept
 
 
-def parse_json(text: str, field: str) -> Any:
-    """JSON without NaN, Infinity, duplicate keys, or more than 64 KiB.
-
-    Raises:
-        InvalidArgument: naming `field` and the fault.
-    """
-    if len(text.encode()) > MAX_JSON_BYTES:
-        raise InvalidArgument(f"at most {MAX_JSON_BYTES} bytes of JSON, got {len(text.encode())}", field=field)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members = dict(pairs)
-        if len(members) != len(pairs):
-            repeated = next(name for name, _ in pairs if [key for key, _ in pairs].count(name) > 1)
-            raise InvalidArgument(f"the key {repeated!r} comes twice", field=field)
-        return members
-
-    def constant(name: str) -> Any:
-        raise InvalidArgument(f"{name} is not JSON", field=field)
-
-    def finite(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise InvalidArgument(f"{digits} is out of range", field=field)
-        return value
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=finite)
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise InvalidArgument(f"not JSON: {error}", field=field) from error
-
-
 def merge_sampling(
     tensors: dict[str, Any], sampling_json: str | None, parameters: dict[str, Any]
 ) -> SamplingParameters:
@@ -117,7 +84,7 @@ def merge_sampling(
     Raises:
         InvalidArgument: naming the setting.
     """
-    given = parse_json(sampling_json, "sampling_parameters") if sampling_json else {}
+    given = parse_field(sampling_json, "sampling_parameters") if sampling_json else {}
     if not isinstance(given, dict):
         raise InvalidArgument("a JSON object is wanted", field="sampling_parameters")
     for name, value in parameters.items():

@@ -1,0 +1,53 @@
+"""JSON from strangers as RFC 8259 wants it, so that no two readers can see different documents in one text."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from .errors import InvalidArgument
+
+MAX_FIELD_BYTES = 64 * 1024
+
+
+def parse_strict(text: str | bytes) -> Any:
+    """What a JSON text says; bytes are UTF-8.
+
+    Raises:
+        ValueError: it is no JSON, a key comes twice, or a number is none (NaN, Infinity) or beyond a float.
+        RecursionError: it is nested too deep.
+    """
+    if isinstance(text, bytes):
+        text = text.decode()  # json.loads guesses encodings, and who guesses otherwise reads another document
+    return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant, parse_float=_finite)
+
+
+def parse_field(text: str, field: str) -> Any:
+    """`parse_strict` of a request's field, at most 64 KiB. InvalidArgument: naming `field` and the fault."""
+    if (size := len(text.encode())) > MAX_FIELD_BYTES:
+        raise InvalidArgument(f"at most {MAX_FIELD_BYTES} bytes of JSON, got {size}", field=field)
+    try:
+        return parse_strict(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"not JSON: {error}", field=field) from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the key {repeated!r:.80} comes twice")
+    return members
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits:.40} is out of range")
+    return number
