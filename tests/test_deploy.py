@@ -6,8 +6,10 @@ LeaderWorkerSet's own schema is in no package: its pod templates are checked as 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from compose_spec import PyCompose
 from get_helm import get_helm
 from recipe_cases import RECIPES, ROOT
 
+from openlora.recipes.build_plan import Cluster, launch_steps
 from openlora.recipes.catalogue import VERSIONS
 from openlora.recipes.deployment import chart_values
+from openlora.recipes.layout import Layout
 
 DEPLOY, CHART = ROOT / "deploy", ROOT / "deploy" / "chart"
 KUBERNETES = ("1.30", "1.34")
@@ -212,6 +216,10 @@ def test_compose_takes_the_file() -> None:
     assert service["command"] == [ONE]
     assert service["read_only"] and service["cap_drop"] == ["ALL"] and service["user"] == "1000:1000"
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    # Triton's language and its like load what they compile below HOME; Docker mounts a tmpfs noexec unless it is told.
+    (mount,) = service["tmpfs"]
+    where, _, options = mount.partition(":")
+    assert where == service["environment"]["HOME"] and "exec" in options.split(",")
     assert "/readyz" in service["healthcheck"]["test"][-1]
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
@@ -247,6 +255,50 @@ def test_the_lock_pins_what_the_engines_interpreter_is_given() -> None:
     lock = (ROOT / "requirements.lock").read_text()
     for pair in pairs[1].split():
         assert re.search(rf"^{pair.split(':')[0]}==", lock, re.MULTILINE)
+
+
+# As NVIDIA's: the task in rank 0, beside the node that its ranks report to; both by the python3 that is first on PATH.
+LAUNCH = """#!/bin/bash
+set -e
+if [ "${OMPI_COMM_WORLD_RANK:-0}" -eq 0 ]; then
+    ("$@"; python3 -m tensorrt_llm.llmapi.mgmn_leader_node --action stop) &
+    python3 -m tensorrt_llm.llmapi.mgmn_leader_node
+    wait $!
+else
+    python3 -m tensorrt_llm.llmapi.mgmn_worker_node
+fi
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_of_several_nodes_find_tensorrt_llm(tmp_path: Path, rank: int) -> None:
+    """With the PATH that the Dockerfile leaves: the container's python3 has it, the environment of the server has not."""
+    container, venv, package = tmp_path / "usr", tmp_path / "venv", tmp_path / "dist-packages"
+    for directory in (container, venv, package / "tensorrt_llm" / "llmapi"):
+        directory.mkdir(parents=True)
+    for node in ("leader", "worker"):
+        (package / "tensorrt_llm" / "llmapi" / f"mgmn_{node}_node.py").write_text(f"print('{node}')\n")
+    programs = {
+        container / "python3": f'#!/bin/sh\nPYTHONPATH={package} exec {sys.executable} "$@"\n',
+        venv / "python3": f'#!/bin/sh\nexec {sys.executable} -I "$@"\n',
+        venv / "openlora": "#!/bin/sh\necho served\n",
+        container / "trtllm-llmapi-launch": LAUNCH,
+    }
+    for file, text in programs.items():
+        file.write_text(text)
+        file.chmod(0o755)
+    path = f"{container}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    for line in re.findall(r"^ENV (.+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE):
+        for word in line.split():
+            if word.startswith("PATH="):
+                path = word.removeprefix("PATH=").replace("/opt/openlora/venv/bin", str(venv)).replace("$PATH", path)
+    layout = Layout(state=tmp_path / "state")
+    *_, serve = launch_steps(RECIPES[MANY], layout, Cluster("mpi", ("a", "b")), str(venv / "openlora"))
+    command = serve.command[serve.command.index("trtllm-llmapi-launch") :]
+    environment = {"PATH": path, "OMPI_COMM_WORLD_RANK": str(rank)}
+    made = subprocess.run(["/usr/bin/env", *command], capture_output=True, text=True, env=environment)
+    assert made.returncode == 0, made.stderr
+    assert sorted(made.stdout.split()) == (["leader", "leader", "served"] if rank == 0 else ["worker"])
 
 
 def test_shell_scripts_parse() -> None:
