@@ -11,6 +11,7 @@ from pathlib import Path
 
 FAKES = Path(__file__).with_name("fakes")
 VERSIONS = ("1.1", "1.2", "1.3")
+DEATH = "FAKE_TENSORRT_LLM_DEATH"  # names a file: once it is there, its text is the error that ends the executor
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,17 @@ OPTIONS = {
     "dtype": "float32", "max_model_len": MAX_MODEL_LEN, "max_batch": MAX_BATCH, "max_adapters": SLOTS,
     "max_rank": MAX_RANK,
 }  # fmt: skip
+# What each engine says that it does not do; what it did instead of refusing would fail a check.
+NONE_OF_TENSORRT_LLM = frozenset({"min_tokens", "bad_words", "priority"})
+NOT_BEFORE_PENALTIES = NONE_OF_TENSORRT_LLM | {
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "min_p", "seed",
+}  # fmt: skip
+REFUSES = {
+    "tensorrt_llm-1.1": NOT_BEFORE_PENALTIES,
+    "tensorrt_llm-1.2": NOT_BEFORE_PENALTIES,
+    "tensorrt_llm-1.3": NONE_OF_TENSORRT_LLM,
+    "tensorrt_llm-1.2-built": NONE_OF_TENSORRT_LLM,
+}
 PROMPT = make_prompt(1, 20)
 MIXES = (
     (),
@@ -81,6 +93,7 @@ class World:
     rig: Rig
     store: Store
     scratch: Path  # an empty directory of this check's own
+    refuses: frozenset[str] = frozenset()  # parameters that this engine says it does not do
 
     @property
     def one_adapter(self) -> bool:
@@ -237,8 +250,9 @@ def answers_end_where_they_must(world: World) -> None:
     for sampling in ({"eos_token_ids": (end,)}, {"stop_token_ids": (end,)}):
         stopped = rig.ask(PROMPT, world.uses(MIXES[1]), **sampling)
         assert (stopped.ids, stopped.finish_reason) == (ids[: at + 1], "stop")
-    later = rig.ask(PROMPT, world.uses(MIXES[1]), stop_token_ids=(end,), min_tokens=at + 2)
-    assert len(later.ids) >= at + 2 and later.ids[: at + 1] != ids[: at + 1]
+    if "min_tokens" not in world.refuses:
+        later = rig.ask(PROMPT, world.uses(MIXES[1]), stop_token_ids=(end,), min_tokens=at + 2)
+        assert len(later.ids) >= at + 2 and later.ids[: at + 1] != ids[: at + 1]
     last = rig.ask(make_prompt(0, MAX_MODEL_LEN - 1), max_tokens=5)
     assert (len(last.ids), last.finish_reason) == (1, "length")
     cut = rig.ask(make_prompt(0, MAX_MODEL_LEN - 10), max_tokens=1000)
@@ -247,9 +261,8 @@ def answers_end_where_they_must(world: World) -> None:
 
 def log_probabilities_are_the_models(world: World) -> None:
     """Before temperature and penalties, the most likely first."""
-    answer = world.rig.ask(
-        PROMPT, world.uses(MIXES[5]), max_tokens=3, logprobs=5, temperature=1.7, seed=3, repetition_penalty=1.3
-    )
+    penalty = {} if "repetition_penalty" in world.refuses else {"repetition_penalty": 1.3}
+    answer = world.rig.ask(PROMPT, world.uses(MIXES[5]), max_tokens=3, logprobs=5, temperature=1.7, seed=3, **penalty)
     oracle = Oracle(world.store.model_dir, world.store.adapters)
     for position, found in enumerate(answer.logprobs):
         expected = torch.log_softmax(oracle.logits([*PROMPT, *answer.ids[:position]], MIXES[5])[-1], -1)
@@ -260,12 +273,46 @@ def log_probabilities_are_the_models(world: World) -> None:
     assert [one.top for one in zero.logprobs] == [(), ()]
 
 
+def a_draw_is_a_draw(world: World) -> None:
+    """Temperature alone makes it one, without any filter."""
+    asked = [world.rig.ask(PROMPT, world.uses(MIXES[1]), temperature=1.0, seed=seed).ids for seed in range(5)]
+    assert len({tuple(ids) for ids in asked}) > 3
+
+
 def a_seed_gives_the_same_answer_again(world: World) -> None:
-    settings = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "max_tokens": 12}
-    first = world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=7, **settings).ids
-    assert first == world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=7, **settings).ids
+    """Or is refused where the client gave it, and did not come from us."""
+    settings = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "max_tokens": 12, "seed_given": True}
+    first = world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=7, **settings)
+    if "seed" in world.refuses:
+        assert first.ids == [] and first.error.startswith("[INVALID_ARGUMENT] seed: ")
+        greedy = world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=7, seed_given=True)
+        assert greedy.ids == world.rig.ask(PROMPT, world.uses(MIXES[1])).ids
+        return
+    assert first.ids == world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=7, **settings).ids
     others = {tuple(world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=seed, **settings).ids) for seed in range(5)}
     assert len(others) > 3
+
+
+def a_parameter_does_what_it_says_or_is_refused(world: World) -> None:
+    """Never taken and ignored: whoever reads an answer would believe that it was made so."""
+    rig, uses = world.rig, world.uses(MIXES[1])
+    plain = rig.ask(PROMPT, uses, max_tokens=24).ids
+    cases: dict[str, tuple[dict, Callable[[list[int]], bool]]] = {
+        "repetition_penalty": ({"repetition_penalty": 9.0}, lambda ids: not set(ids) & set(PROMPT)),
+        "presence_penalty": ({"presence_penalty": 2.0}, lambda ids: ids != plain),
+        "frequency_penalty": ({"frequency_penalty": 2.0}, lambda ids: ids != plain),
+        "min_p": ({"min_p": 1.0, "temperature": 1.0}, lambda ids: ids == plain),
+        "bad_words": ({"bad_words": ((plain[0],),)}, lambda ids: plain[0] not in ids),
+        "min_tokens": ({"min_tokens": 3, "stop_token_ids": (plain[0],)}, lambda ids: len(ids) >= 3),
+    }
+    for name, (sampling, as_it_says) in cases.items():
+        answer = rig.ask(PROMPT, uses, **{"max_tokens": 24, **sampling})
+        if name in world.refuses:
+            assert answer.ids == [] and answer.error.startswith(f"[INVALID_ARGUMENT] {name}: "), answer.error
+        else:
+            assert not answer.error and as_it_says(answer.ids), (name, plain, answer)
+    rig.submit("prior", PROMPT, uses, priority=1)
+    assert rig.wait("prior").error.startswith("[INVALID_ARGUMENT] priority: " if "priority" in world.refuses else "")
 
 
 def a_late_request_is_told_so(world: World) -> None:
@@ -370,6 +417,17 @@ def an_ensemble_may_not_outgrow_the_engine(world: World) -> None:
     )
 
 
+def an_idle_engine_says_so(world: World) -> None:
+    """With no request to move it: whoever thinks that it has work, and sees no step, would end it."""
+    world.rig.ask(PROMPT, world.uses(MIXES[1]), max_tokens=8)
+    for _ in range(200):
+        stats = world.rig.stats()
+        if (stats.running, stats.waiting) == (0, 0):
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(f"it is idle and says that it is not: {stats}")
+
+
 def statistics_move(world: World) -> None:
     before = world.rig.stats()
     world.rig.ask(PROMPT, world.uses(MIXES[1]), max_tokens=8)
@@ -395,13 +453,16 @@ CHECKS: dict[str, Callable[[World], None]] = {
         a_running_id_is_not_taken_twice,
         answers_end_where_they_must,
         log_probabilities_are_the_models,
+        a_draw_is_a_draw,
         a_seed_gives_the_same_answer_again,
+        a_parameter_does_what_it_says_or_is_refused,
         a_late_request_is_told_so,
         bad_adapters_are_refused_and_nobody_else_suffers,
         bytes_other_than_the_digests_are_refused,
         the_weight_that_counts_is_the_recorded_integer,
         prefixes_are_shared_under_one_salt_and_adapter_only,
         an_ensemble_may_not_outgrow_the_engine,
+        an_idle_engine_says_so,
         statistics_move,
     )
 }

@@ -272,7 +272,7 @@ fi
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_of_several_nodes_find_tensorrt_llm(tmp_path: Path, rank: int) -> None:
-    """With the PATH that the Dockerfile leaves: the container's python3 has it, the environment of the server has not."""
+    """With the PATH that the Dockerfile leaves: the container's python3 has it, the server's environment has not."""
     container, venv, package = tmp_path / "usr", tmp_path / "venv", tmp_path / "dist-packages"
     for directory in (container, venv, package / "tensorrt_llm" / "llmapi"):
         directory.mkdir(parents=True)

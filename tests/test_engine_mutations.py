@@ -16,13 +16,14 @@ from typing import NamedTuple
 import pytest
 from engine_rig import InProcessRig
 from fake_tensorrt_llm import fake_tensorrt_llm
-from protocol_checks import CHECKS, OPTIONS, Store, World
+from protocol_checks import CHECKS, OPTIONS, REFUSES, Store, World
 
 PACKAGE = "openlora.engine"
 # In the order in which they need each other.
 MODULES = (
     "one_adapter.peft_files", "one_adapter.ensemble", "one_adapter.placing", "one_adapter.engine",
-    "tensorrt_llm_surface", "tensorrt_llm_cache", "tensorrt_llm_engine",
+    "tensorrt_llm_abilities", "tensorrt_llm_failures", "tensorrt_llm_surface", "tensorrt_llm_cache",
+    "tensorrt_llm_engine",
 )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ MUTATIONS = {
     ),
     "the adapter as second positional argument": Mutation(
         "tensorrt_llm_engine",
-        "sampling_params=self._parameters(request),\n            lora_request=",
+        "sampling_params=self._parameters(request),\n                lora_request=",
         "*(self._parameters(request), True), prompt_adapter_request=",
         ADAPTERS,
     ),
@@ -112,6 +113,25 @@ MUTATIONS = {
         "tensorrt_llm_surface", '"tensorrt_llm._torch.peft.lora.config", "tensorrt_llm.lora_helper"',
         '"tensorrt_llm.lora_helper",', ADAPTERS, "1.3",
     ),
+    "penalties for a version that ignores them": Mutation(
+        "tensorrt_llm_surface",
+        '"1.2": Surface(_LORA_HELPER, _MODULES, TORCH_SAMPLER,',
+        '"1.2": Surface(_LORA_HELPER, _MODULES, TORCH_SAMPLER_WITH_PENALTIES,',
+        "a_parameter_does_what_it_says_or_is_refused",
+    ),
+    "seeds for a version that ignores them": Mutation(
+        "tensorrt_llm_surface",
+        '"1.2": Surface(_LORA_HELPER, _MODULES, TORCH_SAMPLER,',
+        '"1.2": Surface(_LORA_HELPER, _MODULES, TORCH_SAMPLER_WITH_SEEDS,',
+        "a_seed_gives_the_same_answer_again",
+    ),
+    "temperature and nothing else": Mutation(
+        "tensorrt_llm_engine", "sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k)",
+        "sampling.temperature == 0 or sampling.top_p == 1", "a_draw_is_a_draw", "1.1",
+    ),
+    "a request that ended still counts": Mutation(
+        "tensorrt_llm_engine", "self._active -= 1", "pass", "an_idle_engine_says_so"
+    ),
 }  # fmt: skip
 
 
@@ -141,7 +161,8 @@ def judge(engine: type, version: str, check: str, store: Store, scratch: Path) -
         fake_tensorrt_llm(version),
         InProcessRig(engine(store.model_dir, "0" * 64, stats_seconds=0.01, **OPTIONS)) as rig,
     ):
-        CHECKS[check](World(rig, store, scratch))
+        CHECKS[check](World(rig, store, scratch, REFUSES[f"tensorrt_llm-{version}"]))
+        assert not rig.engine._backend._llm.active, "it still works on what was answered"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -153,8 +174,10 @@ def test_a_broken_rule_is_noticed(rule: str, store: Store, tmp_path: Path, monke
         judge(engine, mutation.version, mutation.check, store, tmp_path)
 
 
-@pytest.mark.parametrize("check", sorted({mutation.check for mutation in MUTATIONS.values()}))
+@pytest.mark.parametrize(
+    ("check", "version"), sorted({(mutation.check, mutation.version) for mutation in MUTATIONS.values()})
+)
 def test_the_same_checks_pass_without_a_change(
-    check: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: str, version: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge(load_engine(None, monkeypatch), "1.2", check, store, tmp_path)
+    judge(load_engine(None, monkeypatch), version, check, store, tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from engine_rig import HostedRig, InProcessRig, Rig
 from fake_tensorrt_llm import VERSIONS, fake_tensorrt_llm, make_built_engine
-from protocol_checks import CHECKS, OPTIONS, Store, World
+from protocol_checks import CHECKS, OPTIONS, REFUSES, Store, World
 from vllm_environment import SKIP, vllm_python
 
 from openlora.engine.tensorrt_llm_engine import TensorrtLlmEngine
@@ -48,6 +48,7 @@ def rig(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.T
             ) as running,
         ):
             yield running
+            assert not running.engine._backend._llm.active, "it still works on what was answered"
     else:
         python = vllm_python()
         if python is None:
@@ -59,5 +60,6 @@ def rig(request: pytest.FixtureRequest, store: Store, tmp_path_factory: pytest.T
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("check", CHECKS)
-def test_protocol(check: str, rig: Rig, store: Store, tmp_path: Path) -> None:
-    CHECKS[check](World(rig, store, tmp_path))
+def test_protocol(check: str, rig: Rig, store: Store, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    refuses = REFUSES.get(request.node.callspec.params["rig"], frozenset())
+    CHECKS[check](World(rig, store, tmp_path, refuses))

@@ -1,6 +1,7 @@
 """Other engines behind a real Triton server: the same client, receipts and errors as with the embedded one.
 
-vLLM computes for real, on the CPU. The stand-in for TensorRT-LLM shows how an engine that is spent is replaced.
+vLLM computes for real, on the CPU. The stand-in for TensorRT-LLM shows how an engine that is spent, or whose executor
+has died, is replaced, and that an idle one is not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from fake_tensorrt_llm import FAKES
+from fake_tensorrt_llm import DEATH, FAKES
 from live_server import LiveServer
 from process_watch import server_processes
 from raw_calls import Stream
@@ -27,7 +28,14 @@ from small_server import small_server
 from usage_watch import verify_all
 from vllm_environment import SKIP, vllm_python
 
-from openlora.errors import AdapterNotFound, DeadlineExceeded, InvalidArgument, OpenLoRAError, Overloaded
+from openlora.errors import (
+    AdapterNotFound,
+    DeadlineExceeded,
+    EngineRestarted,
+    InvalidArgument,
+    OpenLoRAError,
+    Overloaded,
+)
 from openlora_client import OpenLoRAClient
 
 START_SECONDS = 500
@@ -213,6 +221,36 @@ def test_a_spent_engine_is_replaced_and_nobody_notices_but_for_a_moment(
     finally:
         live.stop()
     assert list((live.state_dir / "staging").glob("*")) == []
+
+
+def test_an_idle_engine_is_left_alone_and_a_dead_executor_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-LLM tells nothing while it is idle: what it told last must not look like work without a step."""
+    death, hang_seconds = tmp_path / "death", 4
+    for name, value in {"PYTHONPATH": FAKES, "FAKE_TENSORRT_LLM": "1.2", DEATH: death}.items():
+        monkeypatch.setenv(name, str(value))
+    engine = {"kind": "tensorrt_llm", "hang_seconds": hang_seconds, "tensorrt_llm": {"stats_seconds": 0.1}}
+    live = small_server(tmp_path, {"a": ["chat"]}, {"engine": engine})
+    del live.settings["engine"]["kv_cache_tokens"]
+    try:
+        live.start()
+        before = server_processes(live.launcher_pid)["engine"]
+        with OpenLoRAClient(live.grpc_url) as client:
+            call = {"adapters": [("a", 0.5)], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+            first = client.generate("hello", **call)
+            ended, _ = psutil.wait_procs([before], timeout=2 * hang_seconds)
+            assert not ended, live.words()
+            assert client.generate("hello", **call).token_ids == first.token_ids
+            death.write_text("CUDA error: an illegal memory access was encountered")
+            with pytest.raises(EngineRestarted, match="TensorRT-LLM died while this request ran"):
+                client.generate("hello", **call)
+            death.unlink()
+            _next_engine(live, before)
+            assert _ask_until_served(client, "a").token_ids == first.token_ids
+        verify_all(live.state_dir)
+    finally:
+        live.stop()
 
 
 def _next_engine(live: LiveServer, before: psutil.Process) -> psutil.Process:

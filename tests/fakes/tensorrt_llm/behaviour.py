@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .oracle import AdapterMemory
+from .result import RequestError, Result
+from .sampler import Sampler
 from .signatures_kinds import bind, config_class, parameter_class, signature
 
-BURST = 3  # steps that arrive together, as from a busy executor
 BLOCK = 32
-
-
-class RequestError(RuntimeError):
-    """Comes out of the iteration, not out of the call."""
-
-
-class Logprob:
-    def __init__(self, logprob: float, rank: int) -> None:
-        self.logprob, self.rank = logprob, rank
+DEATH = "FAKE_TENSORRT_LLM_DEATH"  # a file: once it is there, its text is the error of the next iteration
 
 
 def make_names(table: dict[str, Any]) -> dict[str, type]:
@@ -67,6 +60,10 @@ class _Llm:
         self.arguments = {**known["common"], **known[own], **given}
         lora = self.arguments["lora_config"]
         kv = self.arguments["kv_cache_config"]
+        recorded = self.table["backends"][self.backend]
+        guides = self.arguments["guided_decoding_backend"]
+        if guides is not None and guides not in recorded["guided_decoding_backends"]:
+            raise ValueError(f"Unsupported guided decoding backend {guides}")
         if lora is not None and not lora.lora_dir:
             assert lora.lora_target_modules, "Expecting at least one lora target module"
         if lora is not None and lora.max_loras:
@@ -82,14 +79,18 @@ class _Llm:
         self._has_tokenizer = not self.arguments["skip_tokenizer_init"]
         self._reuses = kv is None or kv.enable_block_reuse
         self.memory = AdapterMemory(model, lora)
+        self.sampler = Sampler(recorded)
         self.requests: list[dict[str, Any]] = []
-        self.active: set[_Result] = set()
+        self.active: set[Result] = set()
+        self._told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._blocks: set[Any] = set()
         self.closed = False
 
-    def generate_async(self, *args: Any, **kwargs: Any) -> _Result:
+    def generate_async(self, *args: Any, **kwargs: Any) -> Result:
         given = bind(self.generate_signature, args, kwargs)
         parameters, lora = given["sampling_params"], given["lora_request"]
+        if self.closed:
+            raise RuntimeError("the executor has been shut down")
         if lora is not None and not isinstance(lora, self.names["LoRARequest"]):
             raise TypeError(f"lora_request must be a LoRARequest, got {type(lora).__name__}")
         if parameters.end_id is None and not self._has_tokenizer:
@@ -102,8 +103,10 @@ class _Llm:
             raise ValueError("the prompt length is over max_num_tokens")
         if self.backend == "tensorrt" and parameters.logprobs and not self.arguments["gather_generation_logits"]:
             raise ValueError("logprobs need gather_generation_logits")
+        if parameters.guided_decoding is not None and self.arguments["guided_decoding_backend"] is None:
+            raise ValueError("a guided decoding request needs guided_decoding_backend")
         self.requests.append(given)
-        return _Result(self, given)
+        return Result(self, given)
 
     def reused(self, tokens: list[int], lora: Any, salt: str | None) -> int:
         """Prompt tokens in blocks that someone with the same adapter id and salt has left."""
@@ -115,162 +118,42 @@ class _Llm:
         self._blocks.update(keys)
         return found * BLOCK
 
-    def get_stats_async(self, timeout: float | None = None) -> Any:
-        if self.backend == "pytorch" and not self.arguments["enable_iter_perf_stats"]:
-            raise RuntimeError("enable_iter_perf_stats is off")
+    def iterate(self) -> None:
+        """One iteration of the executor: it counts when it begins, and there is none while nothing is active.
 
-        async def told() -> Any:
-            yield {
+        A background error shuts everything down; one of a step is answered to its requests, and the next step fails
+        like it.
+        """
+        if self.closed:
+            raise RuntimeError("the executor has been shut down")
+        self._told.put_nowait(
+            {
                 "numActiveRequests": len(self.active),
                 "numQueuedRequests": 0,
                 "kvCacheStats": {"usedNumBlocks": len(self.active), "maxNumBlocks": 1000},
             }
+        )
+        death = os.environ.get(DEATH)
+        if death is not None and Path(death).exists():
+            error = Path(death).read_text()
+            self.closed = not error.startswith("CUDA")
+            raise RuntimeError(error)
+
+    def get_stats_async(self, timeout: float | None = None) -> Any:
+        """The iterations since the last look, until for `timeout` seconds there is none."""
+        if self.backend == "pytorch" and not self.arguments["enable_iter_perf_stats"]:
+            raise RuntimeError("enable_iter_perf_stats is off")
+
+        async def told() -> AsyncIterator[dict[str, Any]]:
+            while True:
+                try:
+                    async with asyncio.timeout(timeout):
+                        figures = await self._told.get()
+                except TimeoutError:
+                    return
+                yield figures
 
         return told()
 
     def shutdown(self) -> None:
         self.closed = True
-
-
-class _Completion:
-    def __init__(self) -> None:
-        self.index = 0
-        self.token_ids: list[int] = []
-        self.logprobs: list[dict[int, Logprob]] = []
-        self.token_ids_diff: list[int] = []
-        self.logprobs_diff: list[dict[int, Logprob]] = []
-        self.finish_reason: str | None = None
-        self.stop_reason: int | None = None
-
-
-class _Result:
-    """A `RequestOutput`: awaited step by step, itself what every step yields."""
-
-    def __init__(self, llm: _Llm, given: dict[str, Any]) -> None:
-        self._llm, self._given = llm, given
-        self.prompt_token_ids = list(given["inputs"])
-        self.outputs = [_Completion()]
-        self.finished = False
-        self.cached_tokens = 0
-        self.abort_calls = 0
-        self._steps: list[tuple[list[int], list[dict[int, Logprob]], str | None]] = []
-        self._parameters = given["sampling_params"]
-        self._generator = torch.Generator().manual_seed((self._parameters.seed or 0) % 2**63)
-        self._tokens = list(self.prompt_token_ids)
-        try:
-            asyncio.get_running_loop()
-            self._has_queue = True
-        except RuntimeError:
-            self._has_queue = False
-        llm.active.add(self)
-        self._started = False
-
-    def abort(self) -> None:
-        self.abort_calls += 1
-        if not self.finished:
-            self._end("cancelled")
-
-    def aborted(self) -> bool:
-        return self.outputs[0].finish_reason == "cancelled"
-
-    def __aiter__(self) -> _Result:
-        return self
-
-    async def __anext__(self) -> _Result:
-        assert self._has_queue, "generate_async was not called from a coroutine: there is no queue to wait on"
-        if self.finished:
-            raise StopAsyncIteration
-        if not self._steps:
-            await asyncio.sleep(0)
-            if self.finished:
-                raise StopAsyncIteration
-            self._compute()
-        tokens, logprobs, reason = self._steps.pop(0)
-        made = self.outputs[0]
-        # What the step before gave is gone: the same lists hold other things now.
-        made.token_ids_diff[:] = tokens
-        made.logprobs_diff[:] = logprobs
-        made.token_ids += tokens
-        made.logprobs += logprobs
-        if not self._given["streaming"]:
-            return await self.__anext__() if reason is None else self._last(reason)
-        return self if reason is None else self._last(reason)
-
-    def _last(self, reason: str) -> _Result:
-        self._end(reason)
-        return self
-
-    def _end(self, reason: str) -> None:
-        self.outputs[0].finish_reason = reason
-        self.finished = True
-        self._llm.active.discard(self)
-
-    def _compute(self) -> None:
-        """The steps that arrive next."""
-        if not self._started:
-            self._started = True
-            lora = self._given["lora_request"]
-            self.cached_tokens = self._llm.reused(self.prompt_token_ids, lora, self._given["cache_salt"])
-        for _ in range(BURST):
-            token, logprob = self._next_token()
-            self._tokens.append(token)
-            reason = self._reason(token)
-            cut = reason == "stop" and not self._parameters.include_stop_str_in_output
-            self._steps.append(([] if cut else [token], [] if cut or logprob is None else [logprob], reason))
-            if reason:
-                return
-
-    def _reason(self, token: int) -> str | None:
-        made = len(self._tokens) - len(self.prompt_token_ids)
-        if token in (self._parameters.stop_token_ids or ()):
-            return "stop"
-        limit = self._llm.arguments["max_seq_len"] or 2**31
-        return "length" if made >= self._parameters.max_tokens or len(self._tokens) >= limit else None
-
-    def _next_token(self) -> tuple[int, dict[int, Logprob] | None]:
-        parameters = self._parameters
-        try:
-            raw = self._llm.memory.logits(self._tokens, self._given["lora_request"])
-        except Exception as error:
-            self._llm.active.discard(self)
-            raise RequestError(str(error)) from error
-        logits = self._penalized(raw.clone())
-        if len(self._tokens) - len(self.prompt_token_ids) < (parameters.min_tokens or 0):
-            logits[list(parameters.stop_token_ids or ())] = -torch.inf
-        if not parameters.temperature or parameters.top_k == 1:
-            token = int(logits.argmax())
-        else:
-            token = int(torch.multinomial(self._probabilities(logits), 1, generator=self._generator))
-        return token, None if parameters.logprobs is None else _logprobs(raw, token, parameters.logprobs)
-
-    def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
-        parameters = self._parameters
-        made = self._tokens[len(self.prompt_token_ids) :]
-        for token in set(self._tokens) if parameters.repetition_penalty else ():
-            logits[token] *= parameters.repetition_penalty ** (1 if logits[token] < 0 else -1)
-        for token in set(made):
-            logits[token] -= (parameters.presence_penalty or 0) + (parameters.frequency_penalty or 0) * made.count(
-                token
-            )
-        return logits
-
-    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        parameters = self._parameters
-        chances = (logits / parameters.temperature).softmax(-1)
-        if parameters.top_k:
-            chances[chances < chances.topk(min(parameters.top_k, len(chances))).values[-1]] = 0
-        if parameters.top_p:
-            ordered, order = chances.sort(descending=True)
-            chances[order[(ordered.cumsum(-1) - ordered) > parameters.top_p]] = 0
-        if parameters.min_p:
-            chances[chances < parameters.min_p * chances.max()] = 0
-        return chances / chances.sum()
-
-
-def _logprobs(logits: torch.Tensor, token: int, count: int) -> dict[int, Logprob]:
-    values = logits.log_softmax(-1)
-    best = values.topk(min(count, len(values)))
-    found = {int(one): Logprob(float(value), rank + 1) for rank, (value, one) in enumerate(zip(*best, strict=True))}
-    if token not in found:
-        found[token] = Logprob(float(values[token]), int((values > values[token]).sum()) + 1)
-    return found

@@ -54,6 +54,7 @@ class Sampling(msgspec.Struct, frozen=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0  # a draw is a function of (seed, output position)
+    seed_given: bool = False  # by the client: an engine that can't follow a seed then refuses the request
     eos_token_ids: tuple[int, ...] = ()  # empty = ignore EOS
     stop_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences never to be completed

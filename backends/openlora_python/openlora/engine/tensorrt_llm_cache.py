@@ -18,6 +18,7 @@ class AdapterRoom:
     """Room for adapters of `max_rank` on `modules` (TensorRT-LLM's names) of every layer."""
 
     modules: tuple[str, ...]
+    with_added: tuple[str, ...]  # and those that it adds, which take room too
     leaves: frozenset[str]  # of the same, as Hugging Face calls them
     max_rank: int
     max_loras: int  # on the device
@@ -50,8 +51,9 @@ def adapter_room(shapes: BaseShapes, known: Mapping[str, str], options: Tensorrt
             )
     modules = options.lora_target_modules or tuple(name for name, leaf in known.items() if leaf in present)
     leaves = frozenset(known[name] for name in modules)
-    counted = {*modules, *(name for name in AUTO_ADDED if known[name] in present)}
-    size = _adapter_bytes(shapes, {known[name] for name in counted}, options.max_rank)
+    added = tuple(name for name in AUTO_ADDED if known[name] in present and name not in modules)
+    with_added = (*modules, *added)
+    size = _adapter_bytes(shapes, {known[name] for name in with_added}, options.max_rank)
     room = {}
     for field, count, limit in (
         ("max_adapters", options.max_adapters, options.device_adapter_bytes),
@@ -64,11 +66,12 @@ def adapter_room(shapes: BaseShapes, known: Mapping[str, str], options: Tensorrt
             )
     return AdapterRoom(
         modules,
+        with_added,
         leaves,
         options.max_rank,
         room["max_adapters"],
         max(room["host_adapters"], room["max_adapters"]),
-        options.max_rank * shapes.layers * len(counted),
+        options.max_rank * shapes.layers * len(with_added),
     )
 
 

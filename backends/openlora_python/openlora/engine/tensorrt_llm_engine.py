@@ -10,36 +10,21 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import AdapterInvalid, InvalidArgument, NotFinite, Overloaded, Unavailable, UnsupportedModel
-from .api import EngineInfo, EngineRequest, Guide, TokenLogprob
+from ..errors import InvalidArgument, UnsupportedModel
+from .api import EngineInfo, EngineRequest, Guide, Sampling, TokenLogprob
 from .one_adapter.engine import Backend, Counts, OneAdapterEngine, Step
-from .one_adapter.failures import Meaning
 from .one_adapter.options import options_of
 from .one_adapter.placing import PlacedAdapter
 from .tensorrt_llm_cache import AdapterRoom, adapter_room
+from .tensorrt_llm_failures import MEANINGS, is_fatal
 from .tensorrt_llm_options import TensorrtLlmOptions
 from .tensorrt_llm_surface import Names, import_names
-
-MEANINGS = (
-    Meaning(r"LoRA task \d+ not found in cache", Unavailable, None, 1000),
-    Meaning(r"PEFT Cache is full|no done tasks to evict", Overloaded, None, 1000),
-    Meaning(r"Not enough space allocated to (host|device) LoRA cache", InvalidArgument, "engine.max_adapters"),
-    Meaning(r"must have both lora_weights and lora_keys|lora_task_id must be set", AdapterInvalid),
-    Meaning(r"lora weights to be the same data type", AdapterInvalid),
-    Meaning(r"lora module \S+ not enabled", AdapterInvalid),
-    Meaning(r"lora_weights has to few values", AdapterInvalid),
-    Meaning(r"low_rank must be smaller|exceeds? .*max_lora_rank", AdapterInvalid),
-    Meaning(r"prompt length|max_num_tokens|max_seq_len", InvalidArgument, "prompt"),
-    Meaning(r"logprobs", InvalidArgument, "logprobs"),
-    Meaning(r"guided|grammar", InvalidArgument, "guide"),
-    Meaning(r"shut ?down|executor.*(died|stopped)", Unavailable, None, 2000),
-    Meaning(r"logits.*(nan|inf)\b", NotFinite),
-)
 
 
 class TensorrtLlmEngine(OneAdapterEngine):
@@ -57,6 +42,7 @@ class TensorrtLlmBackend:
 
     def __init__(self, model_dir: str, base_digest: str, options: TensorrtLlmOptions, shapes: Any) -> None:
         _check(options)
+        self._backend = options.backend
         self._names = names = import_names(built_engine=options.backend == "tensorrt")
         self._has_tokenizer = Path(model_dir, "tokenizer.json").is_file()
         room = adapter_room(shapes, names.surface.lora_modules, options)
@@ -83,54 +69,71 @@ class TensorrtLlmBackend:
         self._llm = names.llm(
             **arguments, lora_config=_lora_config(names, room), peft_cache_config=_peft_cache_config(names, room)
         )
+        self._abilities = names.surface.abilities(options.backend)
+        self._max_batch = options.max_batch
+        self._active = 0  # requests that it works on or has queued: its own count is that of its last iteration's begin
         self._counts = Counts()
+        self._failure: Exception | None = None
         self._following = asyncio.ensure_future(self._follow(options.stats_seconds))
 
     @property
     def failure(self) -> Exception | None:
-        return None  # a dead executor answers every request with an error, and the launcher sees no step
+        return self._failure
 
     def check(self, request: EngineRequest) -> None:
-        sampling, guide = request.sampling, request.sampling.guide
-        if request.priority:
-            raise InvalidArgument(f"TensorRT-LLM has none, 0 is right, got {request.priority}", field="priority")
-        if sampling.bad_words:
-            raise InvalidArgument("TensorRT-LLM takes words, and only with its own tokenizer", field="bad_words")
+        guide = request.sampling.guide
+        self._abilities.check(request, f"TensorRT-LLM {self._names.version} ({self._backend})")
         if guide is not None and not self._has_tokenizer:
             raise InvalidArgument("the model has no tokenizer.json, which structured output needs", field=guide.field)
-        if guide is not None and guide.kind == "choice":
-            raise InvalidArgument("TensorRT-LLM has no guide of the kind 'choice'", field=guide.field)
 
     async def generate(self, request: EngineRequest, adapter: PlacedAdapter | None) -> AsyncIterator[Step]:
-        # By keyword: the third positional argument is the adapter in some versions and `streaming` in old examples.
-        result = self._llm.generate_async(
-            list(request.prompt),
-            sampling_params=self._parameters(request),
-            lora_request=None if adapter is None else self._lora_request(adapter),
-            streaming=True,
-            cache_salt=request.cache_salt or None,
-        )
-        finished = False
+        self._active += 1
         try:
-            async for output in result:
-                made = output.outputs[0]
-                self._counts.steps += 1
-                finished = bool(output.finished)
-                reason = made.finish_reason or ""
-                if reason not in ("", "stop", "length"):
-                    raise RuntimeError(f"TensorRT-LLM ended the request with {reason!r}")
-                # Copies: the next step changes this very object.
-                token_ids = list(made.token_ids_diff)
-                yield Step(token_ids, reason, self._logprobs(request, token_ids, made), output.cached_tokens or 0)
+            async with aclosing(self._outputs(request, adapter)) as outputs:
+                async for output in outputs:
+                    made = output.outputs[0]
+                    self._counts.steps += 1
+                    reason = made.finish_reason or ""
+                    if reason not in ("", "stop", "length"):
+                        raise RuntimeError(f"TensorRT-LLM ended the request with {reason!r}")
+                    # Copies: the next step changes this very object.
+                    token_ids = list(made.token_ids_diff)
+                    yield Step(token_ids, reason, self._logprobs(request, token_ids, made), output.cached_tokens or 0)
         finally:
-            if not finished:
+            self._active -= 1
+
+    async def _outputs(self, request: EngineRequest, adapter: PlacedAdapter | None) -> AsyncIterator[Any]:
+        """Its own, step by step. What it raises that is not of this request alone is the end of the engine."""
+        result = None
+        try:
+            # By keyword: the third positional argument is the adapter in some versions and `streaming` in old examples.
+            result = self._llm.generate_async(
+                list(request.prompt),
+                sampling_params=self._parameters(request),
+                lora_request=None if adapter is None else self._lora_request(adapter),
+                streaming=True,
+                cache_salt=request.cache_salt or None,
+            )
+            async for output in result:
+                yield output
+        except Exception as error:
+            if is_fatal(error, self._names.request_error):
+                self._failure = self._failure or error
+            raise
+        finally:
+            if result is not None and not result.finished and self._failure is None:
                 result.abort()
 
     def counts(self) -> Counts:
+        self._counts.running = min(self._active, self._max_batch)
+        self._counts.waiting = self._active - self._counts.running
+        if not self._active:
+            self._counts.kv_blocks_used = 0
         return self._counts
 
     async def close(self) -> None:
         self._following.cancel()
+        await asyncio.wait([self._following])
         await asyncio.get_running_loop().run_in_executor(None, self._llm.shutdown)
 
     def _arguments(self, model_dir: str, options: TensorrtLlmOptions) -> dict[str, Any]:
@@ -191,9 +194,8 @@ class TensorrtLlmBackend:
             "detokenize": False,
             "temperature": sampling.temperature,
             "top_k": 1 if sampling.temperature == 0 else sampling.top_k or None,
-            "top_p": None if sampling.temperature == 0 or sampling.top_p == 1 else sampling.top_p,
+            "top_p": self._top_p(sampling),
             "min_p": sampling.min_p or None,
-            "min_tokens": min(sampling.min_tokens, sampling.max_tokens, room) or None,
             "repetition_penalty": None if sampling.repetition_penalty == 1 else sampling.repetition_penalty,
             "presence_penalty": sampling.presence_penalty or None,
             "frequency_penalty": sampling.frequency_penalty or None,
@@ -202,6 +204,11 @@ class TensorrtLlmBackend:
             "guided_decoding": None if sampling.guide is None else self._guide(sampling.guide),
         }
         return self._names.sampling_params(**{name: value for name, value in given.items() if value is not None})
+
+    def _top_p(self, sampling: Sampling) -> float | None:
+        """1 is said where nothing else makes a draw of it: temperature alone is greedy to some samplers."""
+        nothing_to_say = sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k)
+        return None if nothing_to_say else sampling.top_p
 
     def _guide(self, guide: Guide) -> Any:
         kind = self._names.guided_decoding_params
@@ -226,13 +233,11 @@ class TensorrtLlmBackend:
         return found
 
     async def _follow(self, seconds: float) -> None:
-        """Take over its statistics as they come; what a version does not tell stays as it is."""
+        """Take over its statistics of the KV cache as they come: there are none while it is idle."""
         while True:
             async for told in self._llm.get_stats_async(timeout=seconds):
                 figures = json.loads(told) if isinstance(told, str) else told
                 blocks = figures.get("kvCacheStats") or {}
-                self._counts.running = figures.get("numActiveRequests", self._counts.running)
-                self._counts.waiting = figures.get("numQueuedRequests", self._counts.waiting)
                 self._counts.kv_blocks_used = blocks.get("usedNumBlocks", self._counts.kv_blocks_used)
                 self._counts.kv_blocks_total = blocks.get("maxNumBlocks", self._counts.kv_blocks_total)
             await asyncio.sleep(seconds)
@@ -255,7 +260,8 @@ def _lora_config(names: Names, room: AdapterRoom) -> Any:
     return _make(
         names.lora_config,
         lora_target_modules=list(room.modules),
-        trtllm_modules_to_hf_modules={name: names.surface.lora_modules[name] for name in room.modules},
+        # With those that it adds: a map that is given is the whole map to it.
+        trtllm_modules_to_hf_modules={name: names.surface.lora_modules[name] for name in room.with_added},
         max_lora_rank=room.max_rank,
         max_loras=room.max_loras,
         max_cpu_loras=room.max_cpu_loras,

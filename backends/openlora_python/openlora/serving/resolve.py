@@ -205,6 +205,7 @@ class ResolverStep:
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             seed=secrets.randbits(53) if sampling.seed is None else sampling.seed,
+            seed_given=sampling.seed is not None,
             eos_token_ids=() if sampling.ignore_eos else self._run.base.eos_token_ids,
             stop_token_ids=sampling.stop_token_ids or (),
             logprobs=logprobs,
