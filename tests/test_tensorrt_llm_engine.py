@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from engine_rig import InProcessRig
 from fake_tensorrt_llm import DEATH, fake_tensorrt_llm, make_built_engine
 from parity import Oracle
 from protocol_checks import OPTIONS, PROMPT, Store
+from safetensors.torch import save_file
 from tiny_models import make_adapter, use
 
 from openlora.engine.api import GUIDE_KINDS, Guide
+from openlora.engine.one_adapter.base_shapes import BaseShapes
 from openlora.engine.one_adapter.failures import told
 from openlora.engine.tensorrt_llm_abilities import OPTIONAL
 from openlora.engine.tensorrt_llm_engine import TensorrtLlmEngine
@@ -148,6 +151,31 @@ def test_adapters_of_a_part_of_the_attention_are_served(store: Store, tmp_path: 
         for _ in range(2):  # it takes an adapter whose first use failed for one that is loaded, and empty
             answer = rig.ask(PROMPT, [use(path)], max_tokens=8)
             assert (answer.ids, answer.error) == (expected, "")
+
+
+def test_shapes_of_packed_weights_are_told_where_they_can_be(tmp_path: Path) -> None:
+    """NVFP4 as ModelOpt writes it: two values a byte, an FP8 scale for sixteen. Of other packings nothing is told."""
+    byte, scale = torch.uint8, torch.float8_e4m3fn
+    tensors = {
+        "model.layers.0.mlp.down_proj.weight": torch.zeros(64, 48, dtype=byte),
+        "model.layers.0.mlp.down_proj.weight_scale": torch.zeros(64, 6, dtype=scale),
+        "model.layers.0.mlp.down_proj.weight_scale_2": torch.zeros(()),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(48, 64, dtype=byte),  # AWQ: along the other side
+        "model.layers.0.mlp.up_proj.weight_scale": torch.zeros(96, 1, dtype=torch.float16),
+        "model.layers.0.mlp.gate_proj.weight": torch.zeros(96, 64, dtype=scale),
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 64, dtype=torch.bfloat16),
+        "model.layers.0.self_attn.k_proj.qweight": torch.zeros(8, 64, dtype=torch.int32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    shapes = BaseShapes(tmp_path)
+    found = {module.rpartition(".")[2]: shapes.shape(module) for module in shapes.linears}
+    assert found == {
+        "down_proj": (64, 96),
+        "up_proj": None,
+        "gate_proj": (96, 64),
+        "q_proj": (128, 64),
+        "k_proj": None,
+    }
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from ...errors import UnsupportedModel
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100 << 20
+_PACKED = ("U8", "I32")  # several values in one
+NVFP4_BLOCK = 16
 
 
 class BaseShapes:
@@ -24,11 +26,11 @@ class BaseShapes:
         files = sorted(Path(model_dir).glob("*.safetensors"))
         if not files:
             raise UnsupportedModel(f"{model_dir} holds no safetensors: adapters can't be checked against it")
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype and shape
         for file in files:
             for name, entry in _header(file).items():
-                self._shapes[name] = tuple(entry["shape"])
-        self.linears = frozenset(module for module in map(_module, self._shapes) if _is_linear(module))
+                self._tensors[name] = entry["dtype"], tuple(entry["shape"])
+        self.linears = frozenset(module for module in map(_module, self._tensors) if _is_linear(module))
         self.layers = len({found[0] for module in self.linears if (found := re.search(r"\.layers\.\d+\.", module))})
 
     def restrict(self, leaves: frozenset[str]) -> None:
@@ -36,9 +38,16 @@ class BaseShapes:
         self.linears = frozenset(module for module in self.linears if module.rpartition(".")[2] in leaves)
 
     def shape(self, module: str) -> tuple[int, int] | None:
-        """`(out features, in features)`; None where the weight is packed (quantized): its shape tells nothing."""
-        shape = self._shapes.get(f"{module}.weight")
-        return shape if shape is not None and len(shape) == 2 else None
+        """`(out features, in features)`; None where the weight is packed in a way that its shape does not tell."""
+        dtype, shape = self._tensors.get(f"{module}.weight", ("", ()))
+        if len(shape) != 2:
+            return None
+        rows, columns = shape
+        if dtype not in _PACKED:
+            return rows, columns
+        # NVFP4 as ModelOpt writes it: two values a byte along a row, an FP8 scale for each 16 of them.
+        nvfp4 = self._tensors.get(f"{module}.weight_scale") == ("F8_E4M3", (rows, 2 * columns // NVFP4_BLOCK))
+        return (rows, 2 * columns) if nvfp4 else None
 
 
 def _module(tensor: str) -> str:
