@@ -5,114 +5,27 @@ The checks are functions, so that the same ones judge every engine, and engines 
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from engine_rig import InProcessRig, Rig
+from engine_rig import InProcessRig
 from parity import Case, Oracle, assert_equal
-from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, digest_of, make_adapter, make_model, make_prompt, projections, use
+from protocol_sampling import (
+    a_draw_is_a_draw,
+    a_parameter_does_what_it_says_or_is_refused,
+    a_seed_gives_the_same_answer_again,
+    answers_end_where_they_must,
+    log_probabilities_are_the_models,
+)
+from protocol_world import MAX_MODEL_LEN, MAX_RANK, MIXES, PROMPT, SLOTS, World
+from tiny_models import VOCAB, digest_of, make_adapter, make_prompt, use
 
 from openlora.engine.api import WEIGHT_ONE, AdapterUse
 from openlora.errors import InvalidArgument
-
-SLOTS, MAX_RANK, MAX_MODEL_LEN, MAX_BATCH = 8, 64, 96, 16
-OPTIONS = {
-    "dtype": "float32", "max_model_len": MAX_MODEL_LEN, "max_batch": MAX_BATCH, "max_adapters": SLOTS,
-    "max_rank": MAX_RANK,
-}  # fmt: skip
-# What each engine says that it does not do; what it did instead of refusing would fail a check.
-NONE_OF_TENSORRT_LLM = frozenset({"min_tokens", "bad_words", "priority"})
-NOT_BEFORE_PENALTIES = NONE_OF_TENSORRT_LLM | {
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "min_p", "seed",
-}  # fmt: skip
-REFUSES = {
-    "tensorrt_llm-1.1": NOT_BEFORE_PENALTIES,
-    "tensorrt_llm-1.2": NOT_BEFORE_PENALTIES,
-    "tensorrt_llm-1.3": NONE_OF_TENSORRT_LLM,
-    "tensorrt_llm-1.2-built": NONE_OF_TENSORRT_LLM,
-}
-PROMPT = make_prompt(1, 20)
-MIXES = (
-    (),
-    (("all", 1.0),),
-    (("some", 1.0),),
-    (("patterns", 1.0),),
-    (("all", -0.5),),
-    (("all", 0.6), ("some", 0.4)),
-    (("some", 1.25), ("all", -0.3), ("patterns", 0.000001)),
-)
-
-
-@dataclass
-class Store:
-    """A model and its adapters, on disk, for all engines of a session."""
-
-    root: Path
-    model_dir: str = ""
-    adapters: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.model_dir = make_model(self.root / "model", head_dim=32)  # the smallest that vLLM computes on a CPU
-        names = projections("llama")
-        settings = {
-            "all": dict(r=4, lora_alpha=6, target_modules=names),
-            "some": dict(r=9, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "down_proj"]),
-            "patterns": dict(
-                r=2,
-                lora_alpha=4,
-                target_modules=names,
-                rank_pattern={"down_proj": 5, r"layers\.1\.self_attn\..*": 3},
-                alpha_pattern={"o_proj": 1, "layers.2.mlp.down_proj": 9},
-            ),
-        }
-        self.adapters = {
-            name: make_adapter(self.model_dir, self.root / name, seed, **setting)
-            for seed, (name, setting) in enumerate(settings.items(), start=1)
-        }
-
-    def more(self, count: int) -> list[str]:
-        """Small adapters of different ranks."""
-        for seed in range(count):
-            if not (self.root / f"more-{seed}").exists():
-                targets = ["q_proj", "up_proj"]
-                make_adapter(
-                    self.model_dir, self.root / f"more-{seed}", 50 + seed, r=1 + seed % 8, target_modules=targets
-                )
-        return [str(self.root / f"more-{seed}") for seed in range(count)]
-
-
-@dataclass
-class World:
-    rig: Rig
-    store: Store
-    scratch: Path  # an empty directory of this check's own
-    refuses: frozenset[str] = frozenset()  # parameters that this engine says it does not do
-
-    @property
-    def one_adapter(self) -> bool:
-        return self.rig.info.one_adapter
-
-    def uses(self, mix) -> list[AdapterUse]:
-        return [use(self.store.adapters[name], weight) for name, weight in mix]
-
-    def copy(self, name: str, tensors: Callable[[dict[str, torch.Tensor]], object] | None = None, **config) -> str:
-        """A changed copy of an adapter."""
-        directory = self.scratch / f"copy-{len(list(self.scratch.iterdir()))}"
-        shutil.copytree(self.store.adapters[name], directory)
-        file = directory / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
-        if tensors is not None:
-            values = load_file(directory / "adapter_model.safetensors")
-            tensors(values)
-            save_file(values, directory / "adapter_model.safetensors")
-        return str(directory)
 
 
 def greedy_answers_are_those_of_transformers_and_peft(world: World) -> None:
@@ -239,80 +152,6 @@ def a_running_id_is_not_taken_twice(world: World) -> None:
     del rig.answers["twice"]
     rig.submit("twice", PROMPT, max_tokens=3)
     assert len(rig.wait("twice").ids) == 3
-
-
-def answers_end_where_they_must(world: World) -> None:
-    """At an end token, which is part of them; not before `min_tokens`; at the model's length."""
-    rig = world.rig
-    ids = rig.ask(PROMPT, world.uses(MIXES[1]), max_tokens=12).ids
-    end = ids[4]
-    at = ids.index(end)
-    for sampling in ({"eos_token_ids": (end,)}, {"stop_token_ids": (end,)}):
-        stopped = rig.ask(PROMPT, world.uses(MIXES[1]), **sampling)
-        assert (stopped.ids, stopped.finish_reason) == (ids[: at + 1], "stop")
-    if "min_tokens" not in world.refuses:
-        later = rig.ask(PROMPT, world.uses(MIXES[1]), stop_token_ids=(end,), min_tokens=at + 2)
-        assert len(later.ids) >= at + 2 and later.ids[: at + 1] != ids[: at + 1]
-    last = rig.ask(make_prompt(0, MAX_MODEL_LEN - 1), max_tokens=5)
-    assert (len(last.ids), last.finish_reason) == (1, "length")
-    cut = rig.ask(make_prompt(0, MAX_MODEL_LEN - 10), max_tokens=1000)
-    assert (len(cut.ids), cut.finish_reason) == (10, "length")
-
-
-def log_probabilities_are_the_models(world: World) -> None:
-    """Before temperature and penalties, the most likely first."""
-    penalty = {} if "repetition_penalty" in world.refuses else {"repetition_penalty": 1.3}
-    answer = world.rig.ask(PROMPT, world.uses(MIXES[5]), max_tokens=3, logprobs=5, temperature=1.7, seed=3, **penalty)
-    oracle = Oracle(world.store.model_dir, world.store.adapters)
-    for position, found in enumerate(answer.logprobs):
-        expected = torch.log_softmax(oracle.logits([*PROMPT, *answer.ids[:position]], MIXES[5])[-1], -1)
-        assert abs(found.logprob - expected[answer.ids[position]].item()) < 1e-3
-        assert [token for token, _ in found.top] == expected.topk(5).indices.tolist()
-    none, zero = (world.rig.ask(PROMPT, max_tokens=2, logprobs=count) for count in (None, 0))
-    assert none.logprobs == []
-    assert [one.top for one in zero.logprobs] == [(), ()]
-
-
-def a_draw_is_a_draw(world: World) -> None:
-    """Temperature alone makes it one, without any filter."""
-    asked = [world.rig.ask(PROMPT, world.uses(MIXES[1]), temperature=1.0, seed=seed).ids for seed in range(5)]
-    assert len({tuple(ids) for ids in asked}) > 3
-
-
-def a_seed_gives_the_same_answer_again(world: World) -> None:
-    """Or is refused where the client gave it, and did not come from us."""
-    settings = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "max_tokens": 12, "seed_given": True}
-    first = world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=7, **settings)
-    if "seed" in world.refuses:
-        assert first.ids == [] and first.error.startswith("[INVALID_ARGUMENT] seed: ")
-        greedy = world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=7, seed_given=True)
-        assert greedy.ids == world.rig.ask(PROMPT, world.uses(MIXES[1])).ids
-        return
-    assert first.ids == world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=7, **settings).ids
-    others = {tuple(world.rig.ask(PROMPT, world.uses(MIXES[1]), seed=seed, **settings).ids) for seed in range(5)}
-    assert len(others) > 3
-
-
-def a_parameter_does_what_it_says_or_is_refused(world: World) -> None:
-    """Never taken and ignored: whoever reads an answer would believe that it was made so."""
-    rig, uses = world.rig, world.uses(MIXES[1])
-    plain = rig.ask(PROMPT, uses, max_tokens=24).ids
-    cases: dict[str, tuple[dict, Callable[[list[int]], bool]]] = {
-        "repetition_penalty": ({"repetition_penalty": 9.0}, lambda ids: not set(ids) & set(PROMPT)),
-        "presence_penalty": ({"presence_penalty": 2.0}, lambda ids: ids != plain),
-        "frequency_penalty": ({"frequency_penalty": 2.0}, lambda ids: ids != plain),
-        "min_p": ({"min_p": 1.0, "temperature": 1.0}, lambda ids: ids == plain),
-        "bad_words": ({"bad_words": ((plain[0],),)}, lambda ids: plain[0] not in ids),
-        "min_tokens": ({"min_tokens": 3, "stop_token_ids": (plain[0],)}, lambda ids: len(ids) >= 3),
-    }
-    for name, (sampling, as_it_says) in cases.items():
-        answer = rig.ask(PROMPT, uses, **{"max_tokens": 24, **sampling})
-        if name in world.refuses:
-            assert answer.ids == [] and answer.error.startswith(f"[INVALID_ARGUMENT] {name}: "), answer.error
-        else:
-            assert not answer.error and as_it_says(answer.ids), (name, plain, answer)
-    rig.submit("prior", PROMPT, uses, priority=1)
-    assert rig.wait("prior").error.startswith("[INVALID_ARGUMENT] priority: " if "priority" in world.refuses else "")
 
 
 def a_late_request_is_told_so(world: World) -> None:

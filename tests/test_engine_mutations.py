@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pytest
 from engine_rig import InProcessRig
 from fake_tensorrt_llm import fake_tensorrt_llm
-from protocol_checks import CHECKS, OPTIONS, REFUSES, Store, World
+from protocol_checks import CHECKS
+from protocol_world import OPTIONS, REFUSES, Store, World
 
 PACKAGE = "openlora.engine"
 # In the order in which they need each other.
@@ -53,7 +54,7 @@ MUTATIONS = {
         "tensorrt_llm_engine", "list(made.token_ids_diff)", "list(made.token_ids)", ADAPTERS
     ),
     "no lora_config": Mutation(
-        "tensorrt_llm_engine", "lora_config=_lora_config(names, room)", "lora_config=None", ADAPTERS
+        "tensorrt_llm_engine", "lora_config=lora_config(names, room)", "lora_config=None", ADAPTERS
     ),
     "the adapter as second positional argument": Mutation(
         "tensorrt_llm_engine",

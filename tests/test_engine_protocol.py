@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from engine_rig import HostedRig, InProcessRig, Rig
 from fake_tensorrt_llm import VERSIONS, fake_tensorrt_llm, make_built_engine
-from protocol_checks import CHECKS, OPTIONS, REFUSES, Store, World
+from protocol_checks import CHECKS
+from protocol_world import OPTIONS, REFUSES, Store, World
 from vllm_environment import SKIP, vllm_python
 
 from openlora.engine.tensorrt_llm_engine import TensorrtLlmEngine

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from engine_rig import InProcessRig
 from fake_tensorrt_llm import fake_tensorrt_llm
-from protocol_checks import OPTIONS, PROMPT, Store
+from protocol_world import OPTIONS, PROMPT, Store
 from recipe_cases import RECIPES
 from safetensors.numpy import load_file
 from tiny_models import digest_of, make_adapter, use

@@ -11,7 +11,7 @@ import torch
 from engine_rig import InProcessRig
 from fake_tensorrt_llm import DEATH, fake_tensorrt_llm, make_built_engine
 from parity import Oracle
-from protocol_checks import OPTIONS, PROMPT, Store
+from protocol_world import OPTIONS, PROMPT, Store
 from safetensors.torch import save_file
 from tiny_models import make_adapter, use
 

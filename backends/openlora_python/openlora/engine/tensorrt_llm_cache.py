@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, UnsupportedModel
 from .one_adapter.base_shapes import BaseShapes
 from .tensorrt_llm_options import TensorrtLlmOptions
-from .tensorrt_llm_surface import AUTO_ADDED
+from .tensorrt_llm_surface import AUTO_ADDED, Names
 
 BYTES_PER_VALUE = 2  # adapters are fp16 or bf16
 
@@ -73,6 +74,41 @@ def adapter_room(shapes: BaseShapes, known: Mapping[str, str], options: Tensorrt
         max(room["host_adapters"], room["max_adapters"]),
         options.max_rank * shapes.layers * len(with_added),
     )
+
+
+def lora_config(names: Names, room: AdapterRoom) -> Any:
+    """Always given: without it every adapter is ignored in silence."""
+    return _make(
+        names.lora_config,
+        lora_target_modules=list(room.modules),
+        # With those that it adds: a map that is given is the whole map to it.
+        trtllm_modules_to_hf_modules={name: names.surface.lora_modules[name] for name in room.with_added},
+        max_lora_rank=room.max_rank,
+        max_loras=room.max_loras,
+        max_cpu_loras=room.max_cpu_loras,
+    )
+
+
+def peft_cache_config(names: Names, room: AdapterRoom) -> Any:
+    return _make(
+        names.peft_cache_config,
+        num_device_module_layer=room.device_module_layers,
+        num_host_module_layer=room.host_module_layers,
+        optimal_adapter_size=min(8, room.max_rank),
+        max_adapter_size=room.max_rank,
+    )
+
+
+def _make(kind: type, **given: Any) -> Any:
+    """An instance, where the class has these fields: a dataclass in some versions, pydantic's in others.
+
+    Raises:
+        UnsupportedModel: naming a field that this version lacks.
+    """
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(kind.model_fields)
+    if missing := sorted(given.keys() - known):
+        raise UnsupportedModel(f"{kind.__name__} of this build of tensorrt_llm has no field {missing[0]}")
+    return kind(**given)
 
 
 def _adapter_bytes(shapes: BaseShapes, leaves: set[str], rank: int) -> int:

@@ -11,20 +11,19 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import InvalidArgument, UnsupportedModel
+from ..errors import InvalidArgument
 from .api import EngineInfo, EngineRequest, Guide, Sampling, TokenLogprob
 from .one_adapter.engine import Backend, Counts, OneAdapterEngine, Step
 from .one_adapter.options import options_of
 from .one_adapter.placing import PlacedAdapter
-from .tensorrt_llm_cache import AdapterRoom, adapter_room
+from .tensorrt_llm_cache import adapter_room, lora_config, peft_cache_config
 from .tensorrt_llm_failures import MEANINGS, is_fatal
 from .tensorrt_llm_options import TensorrtLlmOptions
-from .tensorrt_llm_surface import Names, import_names
+from .tensorrt_llm_surface import import_names
 
 
 class TensorrtLlmEngine(OneAdapterEngine):
@@ -67,7 +66,7 @@ class TensorrtLlmBackend:
         else:
             arguments = self._arguments(model_dir, options)
         self._llm = names.llm(
-            **arguments, lora_config=_lora_config(names, room), peft_cache_config=_peft_cache_config(names, room)
+            **arguments, lora_config=lora_config(names, room), peft_cache_config=peft_cache_config(names, room)
         )
         self._abilities = names.surface.abilities(options.backend)
         self._max_batch = options.max_batch
@@ -253,41 +252,6 @@ def _check(options: TensorrtLlmOptions) -> None:
         raise InvalidArgument("the backend 'tensorrt', and no other, takes a built engine", field="engine_dir")
     if options.backend == "tensorrt" and options.kv_cache_dtype != "auto":
         raise InvalidArgument("a built engine has its own, 'auto' is right", field="kv_cache_dtype")
-
-
-def _lora_config(names: Names, room: AdapterRoom) -> Any:
-    """Always given: without it every adapter is ignored in silence."""
-    return _make(
-        names.lora_config,
-        lora_target_modules=list(room.modules),
-        # With those that it adds: a map that is given is the whole map to it.
-        trtllm_modules_to_hf_modules={name: names.surface.lora_modules[name] for name in room.with_added},
-        max_lora_rank=room.max_rank,
-        max_loras=room.max_loras,
-        max_cpu_loras=room.max_cpu_loras,
-    )
-
-
-def _peft_cache_config(names: Names, room: AdapterRoom) -> Any:
-    return _make(
-        names.peft_cache_config,
-        num_device_module_layer=room.device_module_layers,
-        num_host_module_layer=room.host_module_layers,
-        optimal_adapter_size=min(8, room.max_rank),
-        max_adapter_size=room.max_rank,
-    )
-
-
-def _make(kind: type, **given: Any) -> Any:
-    """An instance, where the class has these fields: a dataclass in some versions, pydantic's in others.
-
-    Raises:
-        UnsupportedModel: naming a field that this version lacks.
-    """
-    known = {field.name for field in fields(kind)} if is_dataclass(kind) else set(kind.model_fields)
-    if missing := sorted(given.keys() - known):
-        raise UnsupportedModel(f"{kind.__name__} of this build of tensorrt_llm has no field {missing[0]}")
-    return kind(**given)
 
 
 def _dtype(options: TensorrtLlmOptions, config: dict[str, Any]) -> str:
