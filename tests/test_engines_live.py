@@ -226,7 +226,8 @@ def test_a_spent_engine_is_replaced_and_nobody_notices_but_for_a_moment(
 def test_an_idle_engine_is_left_alone_and_a_dead_executor_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorRT-LLM tells nothing while it is idle: what it told last must not look like work without a step."""
+    """TensorRT-LLM tells nothing while it is idle: what it told last must not look like work without a step. What its
+    version ignores is refused, a seed only where the client gave it."""
     death, hang_seconds = tmp_path / "death", 4
     for name, value in {"PYTHONPATH": FAKES, "FAKE_TENSORRT_LLM": "1.2", DEATH: death}.items():
         monkeypatch.setenv(name, str(value))
@@ -239,6 +240,10 @@ def test_an_idle_engine_is_left_alone_and_a_dead_executor_is_replaced(
         with OpenLoRAClient(live.grpc_url) as client:
             call = {"adapters": [("a", 0.5)], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
             first = client.generate("hello", **call)
+            for refused in ({"seed": 5}, {"frequency_penalty": 0.5}, {"min_tokens": 2}):
+                with pytest.raises(InvalidArgument, match=rf"{next(iter(refused))}: TensorRT-LLM 1\.2\.1 .* got"):
+                    client.generate("hello", **{**call, "temperature": 0.9, **refused})
+            assert client.generate("hello", **{**call, "temperature": 0.9}).usage.output_tokens == 6
             ended, _ = psutil.wait_procs([before], timeout=2 * hang_seconds)
             assert not ended, live.words()
             assert client.generate("hello", **call).token_ids == first.token_ids
