@@ -1,15 +1,9 @@
 #!/usr/bin/env bash
 # Installs what the tests of the page need: tests/browser/package-lock.json, and a browser where that is possible.
 set -euo pipefail
-cd "$(dirname "$0")/../tests/browser"
-if ! command -v node >/dev/null || ! command -v npm >/dev/null; then
-  echo "browser-tools: Node.js 20.19 or newer with npm is needed" >&2
-  exit 1
-fi
-node -e 'const [major, minor] = process.versions.node.split(".").map(Number); process.exit(major > 20 || (major === 20 && minor >= 19) ? 0 : 1)' || {
-  echo "browser-tools: Node.js 20.19 or newer is needed, this is $(node --version)" >&2
-  exit 1
-}
+here=$(cd "$(dirname "$0")" && pwd)
+bash "$here/need_node.sh" browser-tools
+cd "$here/../tests/browser"
 npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -106,20 +106,37 @@ def test_tools_of_npm_win_over_the_path_and_their_absence_is_named(
     assert find_tool("anvil") == tmp_path / "anvil"
 
 
-@pytest.mark.parametrize(("version", "said"), [(None, "is needed"), ("v16.20.0", "this is v16.20.0")])
-def test_chain_tools_say_which_node_is_needed(tmp_path: Path, version: str | None, said: str) -> None:
-    for tool in ("bash", "dirname"):
-        (tmp_path / tool).symlink_to(Path("/usr/bin") / tool)
-    if version is not None:
-        for name in ("node", "npm"):
-            (tmp_path / name).write_text(f"#!{tmp_path}/bash\necho {version}\n")
-            (tmp_path / name).chmod(0o755)
-    script = CONTRACTS.parent / "build_scripts" / "chain_tools.sh"
-    done = subprocess.run(
-        ["bash", str(script)], env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True, timeout=30
-    )
+@pytest.mark.parametrize("script", ["chain_tools", "browser_tools"])
+@pytest.mark.parametrize(
+    ("version", "said"), [(None, "is needed"), ("v18.20.4", "this is v18.20.4"), ("v20.18.3", "this is v20.18.3")]
+)
+def test_tools_of_npm_say_which_node_is_needed(tmp_path: Path, script: str, version: str | None, said: str) -> None:
+    done = run_with_node(tmp_path, script, version)
     assert done.returncode == 1
-    assert "Node.js 18 or newer" in done.stderr and said in done.stderr
+    assert script.replace("_", "-") + ": Node.js 20.19 or newer" in done.stderr and said in done.stderr
+
+
+@pytest.mark.parametrize("version", ["v20.19.0", "v24.1.0"])
+def test_newer_nodes_will_do(tmp_path: Path, version: str) -> None:
+    done = run_with_node(tmp_path, "need_node", version)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def run_with_node(folder: Path, script: str, version: str | None) -> subprocess.CompletedProcess[str]:
+    """One of build_scripts/, in a shell that finds a node of this version, or none, and an npm that can't work."""
+    for tool in ("bash", "dirname"):
+        (folder / tool).symlink_to(Path("/usr/bin") / tool)
+    if version is not None:
+        for name, does in (("node", f"echo {version}"), ("npm", "exit 9")):
+            (folder / name).write_text(f"#!{folder}/bash\n{does}\n")
+            (folder / name).chmod(0o755)
+    return subprocess.run(
+        ["bash", str(CONTRACTS.parent / "build_scripts" / f"{script}.sh"), script],
+        env={**os.environ, "PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
 
 
 def test_lock_names_no_registry() -> None:
