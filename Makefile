@@ -82,5 +82,8 @@ bench: bench-peers
 bench-peers: setup
 	$(BIN)/python benchmarks/peers/run.py --json var/peers.jsonl
 
+# What the targets above make again. The rest of var stays: it is the state of `make serve`, with keys, journal and log.
 clean:
-	rm -rf $(VENV) .venv-slither var contracts/node_modules tests/browser/node_modules contracts/out contracts/cache
+	rm -rf $(VENV) .venv-slither contracts/node_modules tests/browser/node_modules contracts/out contracts/cache
+	rm -rf $(KERNELS)/native.so $(addprefix var/,demo demo_shape network-demo peers residency receipts shape tools)
+	@if [ -e var/keys ]; then echo "kept: var, the server's state (keys, journal, receipt log)"; fi
