@@ -35,7 +35,9 @@ def page(name: str) -> str:
 def blocks(path: Path, language: str | None = None) -> list[str]:
     """The fenced blocks of a page, of one language if it is given."""
     return [
-        found["text"] for found in _FENCE.finditer(path.read_text()) if language is None or found["language"] == language
+        found["text"]
+        for found in _FENCE.finditer(path.read_text())
+        if language is None or found["language"] == language
     ]
 
 
