@@ -18,11 +18,8 @@ from openlora.cli import app
 from openlora.strict_json import parse_strict
 
 LIBRARY = ROOT / "backends" / "openlora_python" / "openlora"
-SOURCES = [
-    ROOT / "backends",
-    *(ROOT / name for name in ("benchmarks", "build_scripts", "clients", "contracts", "deploy")),
-]
-SOURCES += [ROOT / "docs", ROOT / "model_repository", ROOT / "tests"]
+SOURCES = ["backends", "benchmarks", "build_scripts", "clients", "contracts", "deploy", "docs"]
+SOURCES += ["model_repository", "tests"]
 _LINK = re.compile(r"\]\((?P<path>[^)\s#:]*)(?:#(?P<heading>[^)\s]+))?\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _SHELL = ("", "bash", "sh")
@@ -170,7 +167,7 @@ def options_of(script: Path) -> tuple[frozenset[str], frozenset[str]]:
 
 @cache
 def repository_files() -> frozenset[str]:
-    found = [path for top in SOURCES for path in top.rglob("*.*") if "node_modules" not in path.parts]
+    found = [path for top in SOURCES for path in (ROOT / top).rglob("*.*") if "node_modules" not in path.parts]
     return frozenset("/" + str(path.relative_to(ROOT)) for path in found)
 
 
