@@ -67,7 +67,7 @@ TEXTS = {
     "config-of-zeros": Hostile(file(CONFIG, bytes(1000)), NO_JSON),
     "config-over-1-MiB": Hostile(_set(revision="x" * (1 << 20)), "bytes, at most 1048576 are possible here"),
     "config-twice-the-key": Hostile(_with("r", '4, "r": 8'), "comes twice"),
-    "config-deep": Hostile(_with("revision", _deep(500)), "adapter_config.json is nested deeper than 32 levels"),
+    "config-deep": Hostile(_with("revision", _deep(500)), "adapter_config.json is not JSON: nested deeper than 32"),
     "config-too-deep-to-parse": Hostile(_with("revision", _deep(100_000)), NO_JSON),
     "config-NaN": Hostile(_with("lora_dropout", "NaN"), "NaN is not a JSON number"),
     "config-Infinity": Hostile(_with("lora_dropout", "-Infinity"), "-Infinity is not a JSON number"),

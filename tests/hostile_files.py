@@ -165,7 +165,7 @@ DEEP = b'{"a":' * 60_000
 CARDS = {
     "card-empty-file": Hostile(file(CARD, b""), "openlora.json is not JSON"),
     "card-array": Hostile(file(CARD, b"[]"), "openlora.json holds a list, a JSON object is wanted"),
-    "card-deep": Hostile(file(CARD, b'{"a":' * 500 + b"1" + b"}" * 500), "openlora.json is nested deeper than 32"),
+    "card-deep": Hostile(file(CARD, b'{"a":' * 500 + b"1" + b"}" * 500), "is not JSON: nested deeper than 32"),
     "card-too-deep-to-parse": Hostile(file(CARD, DEEP[: 60 << 10]), "openlora.json is not JSON"),
     "card-over-64-KiB": Hostile(_card(description="x" * (64 << 10)), "bytes, at most 65536 are possible here"),
     "card-twice-the-key": Hostile(file(CARD, b'{"schema": 1, "schema": 1}'), "comes twice"),

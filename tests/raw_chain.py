@@ -50,12 +50,14 @@ class _Shape:
 
     def read(self, topics: list[bytes], data: bytes) -> dict[str, Any]:
         values = [decode([kind], topic)[0] for (_, kind), topic in zip(self.indexed, topics, strict=True)]
-        values += decode([kind for _, kind in self.data], data)
+        values += decode(["bytes" if kind == "string" else kind for _, kind in self.data], data)
         shapes = [*self.indexed, *self.data]
         return {name: _plain(kind, value) for (name, kind), value in zip(shapes, values, strict=True)}
 
 
 def _plain(kind: str, value: Any) -> Any:
+    if kind == "string":
+        return value.decode(errors="surrogateescape")  # docs/settlement.md, 2: what is not UTF-8
     if kind == "address":
         return to_checksum_address(value)
     return [dict(zip(ALLOCATION, one, strict=True)) for one in value] if kind == ALLOCATIONS else value

@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,8 @@ def model_terms(chain: Chain, owner: str, digest: bytes, block: int) -> tuple[by
 
 def read_parameters(document: str) -> dict[str, Any] | None:
     names = {"schema", "platform", "platform_ppm", "node_ppm", "adapter_ppm", "data_ppm", "base_ppm", "max_age"}
+    if nesting(document) > 32:
+        return None
     try:
         tree = json.loads(document)
         exact = isinstance(tree, dict) and canonical(tree) == document.encode()
@@ -250,15 +253,17 @@ def _integer(value: Any, low: int, high: int) -> None:
 def read_blob(content: bytes, kind: str) -> Any:
     tag = f"openlora/{kind}/v1".encode()
     _is(content.startswith(tag))
-    tree = json.loads(content[len(tag) :].decode())
-    _is(canonical(tree) == content[len(tag) :] and depth(tree) <= 32)
+    text = content[len(tag) :].decode()
+    _is(nesting(text) <= 32)
+    tree = json.loads(text)
+    _is(canonical(tree) == content[len(tag) :])
     return tree
 
 
-def depth(tree: Any) -> int:
-    if not isinstance(tree, dict | list):
-        return 0
-    return 1 + max(map(depth, tree.values() if isinstance(tree, dict) else tree), default=0)
+def nesting(text: str) -> int:
+    """How deep a JSON text goes, told without a parser."""
+    brackets = re.sub(r"[^\[\]{}]", "", re.sub(r'"(?:[^"\\]|\\.)*+"', "", text))
+    return max(accumulate((1 if one in "[{" else -1 for one in brackets), initial=0))
 
 
 def check_runtime(tree: Any) -> None:

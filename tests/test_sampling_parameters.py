@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "duplicate": ('{"top_k": 1, "top_k": 1}', "sampling_parameters: not JSON: the key 'top_k' comes twice"),
     "64 KiB": ('{"stop": "' + "x" * 65536 + '"}', "sampling_parameters: at most 65536 bytes of JSON, got 65548"),
     "5000 digits": ('{"seed": ' + "1" * 5000 + "}", "sampling_parameters: not JSON: Exceeds the limit (4300 digits)"),
-    "deep": ('{"stop": ' + "[" * 30_000 + "]" * 30_000 + "}", "sampling_parameters: not JSON: maximum recursion depth"),
+    "deep": ('{"stop": ' + "[" * 30_000 + "]" * 30_000 + "}", "sampling_parameters: not JSON: nested deeper than 256"),
     "surrogate": ('{"stop": "\\ud800"}', "stop: "),
 }
 

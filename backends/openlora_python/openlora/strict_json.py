@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from .errors import InvalidArgument
 
+MAX_DEPTH = 32  # of lists and objects within each other
 MAX_FIELD_BYTES = 64 * 1024
+MAX_FIELD_DEPTH = 256  # schemas of answers are nested deeper than documents are
+
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
 
 
-def parse_strict(text: str | bytes) -> Any:
+def parse_strict(text: str | bytes, deepest: int = MAX_DEPTH) -> Any:
     """What a JSON text says; bytes are UTF-8.
 
-    Raises:
-        ValueError: it is no JSON, a key comes twice, or a number is none (NaN, Infinity) or beyond a float.
-        RecursionError: it is nested too deep.
+    ValueError: it is no JSON, nested more than `deepest` levels, a key comes twice, or a number is none (NaN, Infinity)
+    or beyond a float.
     """
     if isinstance(text, bytes):
         text = text.decode()  # json.loads guesses encodings, and who guesses otherwise reads another document
+    refuse_depth(text, deepest)
     return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant, parse_float=_finite)
+
+
+def refuse_depth(text: str, deepest: int = MAX_DEPTH) -> None:
+    """ValueError: the JSON is nested deeper than this. No parser may see it: some libraries raise Python's recursion
+    limit, and then it would end the process."""
+    if text.count("[") + text.count("{") <= deepest:
+        return
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > deepest:
+            raise ValueError(f"nested deeper than {deepest} levels")
 
 
 def parse_field(text: str, field: str) -> Any:
@@ -28,8 +45,8 @@ def parse_field(text: str, field: str) -> Any:
     if (size := len(text.encode())) > MAX_FIELD_BYTES:
         raise InvalidArgument(f"at most {MAX_FIELD_BYTES} bytes of JSON, got {size}", field=field)
     try:
-        return parse_strict(text)
-    except (ValueError, RecursionError) as error:
+        return parse_strict(text, MAX_FIELD_DEPTH)
+    except ValueError as error:
         raise InvalidArgument(f"not JSON: {error}", field=field) from error
 
 

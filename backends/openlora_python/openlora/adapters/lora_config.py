@@ -18,7 +18,6 @@ from ..strict_json import parse_strict
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ENTRIES = 2048  # of a list of names or patterns: far more than any base model has modules
-MAX_DEPTH = 32  # of lists and objects within each other
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 ALL_LINEAR = "all-linear"  # PEFT's short form: every linear module but the output head
 Number = TypeVar("Number", int, float)
@@ -176,23 +175,11 @@ def parse_object(text: bytes, name: str, limit: int) -> dict[str, Any]:
         raise AdapterInvalid(f"{name} is {len(text)} bytes, at most {limit} are allowed")
     try:
         tree = parse_strict(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AdapterInvalid(f"{name} is not JSON: {error}") from error
     if not isinstance(tree, dict):
         raise AdapterInvalid(f"{name} holds a {type(tree).__name__}, a JSON object is wanted")
-    if not _is_shallow(tree):
-        raise AdapterInvalid(f"{name} is nested deeper than {MAX_DEPTH} levels")
     return tree
-
-
-def _is_shallow(tree: dict[str, Any]) -> bool:
-    level: list[Any] = [tree]
-    for _ in range(MAX_DEPTH):
-        values = (value for node in level for value in (node.values() if isinstance(node, dict) else node))
-        level = [value for value in values if isinstance(value, dict | list)]
-        if not level:
-            return True
-    return False
 
 
 def _refuse_unsupported(tree: dict[str, Any]) -> None:

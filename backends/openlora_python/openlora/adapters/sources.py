@@ -132,9 +132,10 @@ def parse_uri(text: str) -> SourceUri:
         InvalidArgument: naming the part that is wrong, or the extra that brings the missing driver. No message repeats
             what may be a password.
     """
-    if len(text) > MAX_URI_LENGTH or re.search(r"[\x00-\x20\x7f\\]", text):
+    if len(text) > MAX_URI_LENGTH or re.search(r"[\x00-\x20\x7f\\\ud800-\udfff]", text):
         raise InvalidArgument(
-            f"at most {MAX_URI_LENGTH} characters without spaces or backslashes are a URI", field="source"
+            f"at most {MAX_URI_LENGTH} characters without spaces or backslashes are a URI",
+            field="source",
         )
     try:
         parts = urlsplit(text)

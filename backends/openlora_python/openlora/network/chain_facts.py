@@ -8,31 +8,24 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eth_utils import event_abi_to_log_topic
 from web3.exceptions import BlockNotFound
 
 from ..attribution.settlement.facts import BlockHeader, ChainEvent, ChainFacts
 from ..errors import Unavailable
 from ..transaction import transaction
-from .contracts import contract_at
 from .deployment import Deployment
+from .event_decoder import EVENTS, EventDecoder
 from .rpc import RETRY_MS, reaching
 
 if TYPE_CHECKING:
     from web3 import Web3
     from web3.types import LogReceipt
 
-# docs/settlement.md, 2: what settlement and the catalog go by. Roles and pauses are no part of either.
-EVENTS = {
-    "AdapterRegistry": ("ModelRegistered", "TermsPublished", "AccessChanged", "ModelRevoked", "ParametersPublished"),
-    "AttributionLog": ("LogRegistered", "SubmitterChanged", "Anchored"),
-    "RewardDistributor": ("Deposited", "Proposed", "Vetoed", "Accepted", "Settled", "Claimed"),
-}
 SPAN = 2_000  # blocks a question; halved where a server finds that too much
 ATTEMPTS = 3  # when the chain moves under the reading
 FORMAT = 1
@@ -92,7 +85,7 @@ class _Reading:
         self._web3 = web3
         self._deployment = deployment
         self._cache = cache
-        self._decoder = _Decoder(web3, deployment)
+        self._decoder = EventDecoder(deployment)
 
     def read(self, to_block: int | None, progress: Progress) -> ChainFacts:
         final = self._deployment.final_block(self._web3)["number"]
@@ -156,43 +149,6 @@ class _Reading:
         if target not in headers and (header := header_of(self._web3, self._deployment, target)) is not None:
             headers[target] = header
         return headers
-
-
-class _Decoder:
-    """From logs to events, by the contracts' own descriptions."""
-
-    def __init__(self, web3: Web3, deployment: Deployment) -> None:
-        self.addresses: dict[str, str] = {}  # to the contract's name
-        self._events: dict[tuple[str, bytes], tuple[Any, Mapping[str, Any]]] = {}
-        for name in EVENTS:
-            address = getattr(deployment.contracts, name).address
-            self.addresses[address] = name
-            contract = contract_at(web3, name, address)
-            for entry in contract.abi:
-                if entry["type"] == "event" and entry["name"] in EVENTS[name]:
-                    topic = bytes(event_abi_to_log_topic(entry))
-                    self._events[address, topic] = (contract.events[entry["name"]](), entry)
-
-    def event(self, log: LogReceipt) -> ChainEvent | None:
-        """None: one that is no part of the facts."""
-        known = self._events.get((log["address"], bytes(log["topics"][0])))
-        if known is None:
-            return None
-        event, entry = known
-        values = event.process_log(log)["args"]
-        args = {part["name"]: _plain(part, values[part["name"]]) for part in entry["inputs"]}
-        return ChainEvent(log["blockNumber"], log["logIndex"], self.addresses[log["address"]], entry["name"], args)
-
-
-def _plain(part: Mapping[str, Any], value: Any) -> Any:
-    """bytes, int, str, bool; structs as dicts, arrays as lists."""
-    if part["type"].endswith("[]"):
-        return [_plain({**part, "type": part["type"][:-2]}, item) for item in value]
-    if part["type"] == "tuple":
-        parts = part["components"]
-        items = value.values() if isinstance(value, Mapping) else value
-        return {one["name"]: _plain(one, item) for one, item in zip(parts, items, strict=True)}
-    return bytes(value) if part["type"].startswith("bytes") else value
 
 
 class _Cache:

@@ -116,7 +116,7 @@ def read_json(path: Path) -> Any:
         return parse_strict(path.read_bytes())
     except OSError as error:
         raise InvalidArgument(f"can't read {path}: {error.strerror}", field="FILE") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InvalidArgument(f"{path} is not JSON: {error}", field="FILE") from error
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from ..attribution.settlement.facts import BlockHeader, ChainEvent
 from ..errors import InvalidArgument
+from ..strict_json import parse_strict
 from .parameters import parse_parameters
 
 REGISTRY = "AdapterRegistry"
@@ -102,6 +102,8 @@ def _usable(parameters: Version | None) -> Version | None:
 def decoded(document: str) -> Any:
     """A document's JSON; InvalidArgument: it is none."""
     try:
-        return msgspec.json.decode(document)
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        tree = parse_strict(document)
+        json.dumps(tree, ensure_ascii=False).encode()  # no lone surrogates: see `EventDecoder`, and JSON can spell them
+        return tree
+    except ValueError as error:
         raise InvalidArgument(f"not JSON: {error}", field="document") from error

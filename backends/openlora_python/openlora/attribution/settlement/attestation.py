@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eth_hash.auto import keccak
 
 from ...errors import InvalidArgument
+from ...strict_json import parse_strict
 from .chain_state import Allocation, Proposal
 
 if TYPE_CHECKING:  # slow to import, and every command imports this file
@@ -69,7 +70,7 @@ class Attestation:
     def from_json(cls, text: str | bytes) -> Attestation:
         """InvalidArgument: not such an object, or its signer is not who signed it."""
         try:
-            tree = json.loads(text)
+            tree = parse_strict(text)
             if tree["schema"] != ATTESTATION_SCHEMA:
                 raise ValueError(f"schema {tree['schema']!r} is not {ATTESTATION_SCHEMA}")
             proposal = Proposal(int(tree["epoch"]), _bytes(tree["root"]), int(tree["total"]), _allocations(tree))

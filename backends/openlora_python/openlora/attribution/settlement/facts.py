@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import InvalidArgument
+from ...strict_json import refuse_depth
 
 FACTS_SCHEMA = 1
 
@@ -91,6 +92,8 @@ class ChainFacts:
     def from_json(cls, text: str | bytes) -> ChainFacts:
         """The facts of such an object. InvalidArgument: it is none."""
         try:
+            text = text.decode() if isinstance(text, bytes) else text
+            refuse_depth(text)
             tree = json.loads(text, object_hook=_untagged)
             if tree.pop("schema") != FACTS_SCHEMA:
                 raise ValueError(f"schema is not {FACTS_SCHEMA}")
