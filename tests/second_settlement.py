@@ -499,5 +499,18 @@ def reward_root(chain: Chain, amounts: dict[bytes, int]) -> bytes:
     return nodes[0]
 
 
+def check_settled(chain: Chain, results: list[LogResult]) -> None:
+    """Docs §3, History first: raises where the exports are not those that were settled."""
+    sizes, by_log = settled_sizes(chain), {result.log_id: result for result in results}
+    for log_id, size in sizes.items():
+        settled = sum(event.arguments["amount"] for event in chain.named("Settled", logId=log_id))
+        result = by_log[log_id]
+        if result.good_size < size or result.paid(0, size) != settled:
+            raise ValueError(f"{log_id.hex()} is not the export that was settled")
+    accepted = [event.arguments["root"] for event in chain.named("Accepted")]
+    if reward_root(chain, cumulative_amounts(results, sizes)) != (accepted or [ZERO])[-1]:
+        raise ValueError("the accepted root is another one")
+
+
 def settled_sizes(chain: Chain) -> dict[bytes, int]:
     return {event.arguments["logId"]: event.arguments["to"] for event in chain.named("Settled")}

@@ -16,6 +16,8 @@ import rfc8785
 from coincurve import PrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from eth_keys import KeyAPI
+from second_settlement import Chain as SecondChain
+from second_settlement import Event
 
 from openlora.attribution.log_key import LogKey
 from openlora.attribution.receipt import Receipt, ReceiptHasher, encode_leaf, sign_digest
@@ -323,6 +325,13 @@ def reference(chain_id: int, registry: str, header: BlockHeader) -> bytes:
     """The preimage of a registryRef."""
     words = (chain_id, int(registry, 16), header.number)
     return b"".join(word.to_bytes(32, "big") for word in words) + header.hash
+
+
+def second_view(facts: ChainFacts) -> SecondChain:
+    """The facts as the second implementation takes them."""
+    events = [Event(one.block, one.index, one.name, dict(one.args)) for one in facts.events]
+    headers = {number: (header.hash, header.timestamp) for number, header in facts.headers.items()}
+    return SecondChain(facts.chain_id, facts.registry, facts.distributor, events, headers)
 
 
 def facts_json(facts: ChainFacts) -> Any:

@@ -9,8 +9,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from second_settlement import Chain as SecondChain
-from second_settlement import Event, Export, cumulative_amounts, reward_root, settle_log
+from second_settlement import Export, cumulative_amounts, reward_root, settle_log
 from settlement_cases import (
     BASE,
     BASE_OWNER,
@@ -25,22 +24,16 @@ from settlement_cases import (
     dataset,
     model,
     reference,
+    second_view,
 )
 
 from openlora.attribution.settlement.books import open_books
-from openlora.attribution.settlement.facts import ChainFacts
 from openlora.attribution.settlement.ledger import cumulative
 
 PRICES = st.one_of(st.integers(0, 10), st.integers(0, 10**30), st.sampled_from([10**30, 10**18, 999_999, 2**53]))
 WEIGHTS = st.sampled_from([-10_000_000, -300_000, -1, 0, 1, 2, 333_333, 700_000, 10_000_000])
 HAPPENINGS = ["serve"] * 8 + ["anchor"] * 2 + ["terms", "parameters", "revoke", "wait", "lie"]
 NAMES = ("alice", "bob", "carol", "platform", "base")
-
-
-def second_view(facts: ChainFacts) -> SecondChain:
-    events = [Event(one.block, one.index, one.name, dict(one.args)) for one in facts.events]
-    headers = {number: (header.hash, header.timestamp) for number, header in facts.headers.items()}
-    return SecondChain(facts.chain_id, facts.registry, facts.distributor, events, headers)
 
 
 @st.composite

@@ -24,7 +24,7 @@ BUNDLE = 256
 SIGNATURE_BYTES = 65
 
 _LENGTH_BYTES = 2
-ENTRIES, SIGNATURES = Path("tile/entries"), Path("signatures")
+ENTRIES, SIGNATURES = KINDS = Path("tile/entries"), Path("signatures")
 
 
 class LogExport:
@@ -108,8 +108,9 @@ def bundle_path(kind: Path, number: int, width: int = BUNDLE) -> Path:
 def write_export(log: ReceiptLog, directory: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> int:
     """Write or bring up to date the export of a log for its newest checkpoint; the number of receipts in it.
 
-    Full bundles that are there stay. `progress` gets how many receipts are done, and of how many. InvalidArgument: the
-    directory has another log's export, or a newer one. Unavailable: nothing was signed yet.
+    Full bundles that are there stay, and what has gone missing among older ones is written again. `progress` gets how
+    many receipts are done, and of how many. InvalidArgument: the directory has another log's export, or a newer one.
+    Unavailable: nothing was signed yet.
     """
     note = _note(log)
     size = verify_checkpoint(note, log.key).size
@@ -117,7 +118,13 @@ def write_export(log: ReceiptLog, directory: Path, progress: Callable[[int, int]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "blobs").mkdir(exist_ok=True)
     known = {path.name for path in (directory / "blobs").iterdir()}
-    for number in range(before // BUNDLE, -(-size // BUNDLE)):
+    for name in log.blob_hashes() if before else ():
+        if name.hex() not in known:
+            _write(directory / "blobs" / name.hex(), _blob(log, name))
+            known.add(name.hex())
+    for number in range(-(-size // BUNDLE)):
+        if number < before // BUNDLE and all((directory / bundle_path(kind, number)).exists() for kind in KINDS):
+            continue
         first = number * BUNDLE
         receipts = log.list(first, min(BUNDLE, size - first))
         for name in dict.fromkeys(one for logged in receipts for one in logged.receipt.blob_hashes):
@@ -168,7 +175,7 @@ def _size_before(log: ReceiptLog, directory: Path, size: int) -> int:
 
 def _drop_partial(directory: Path, number: int, width: int) -> None:
     """Remove what shorter exports had of a bundle that has `width` leaves now."""
-    for kind in (ENTRIES, SIGNATURES):
+    for kind in KINDS:
         partial = directory / bundle_path(kind, number, 1).parent
         for path in partial.glob("*"):
             if path.name != str(width):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ...errors import InvalidArgument
+from ...errors import InvalidArgument, SettlementDiffers
 from .chain_state import ChainState, LogState, read_state
 from .facts import ChainFacts
 from .history import Advance, StoredFrontier, check_history
@@ -44,6 +44,16 @@ class Books:
         amounts = cumulative(self.ledger(stops))
         return RewardTree(self.facts.chain_id, self.facts.distributor, amounts), amounts
 
+    def accepted_tree(self) -> tuple[RewardTree, dict[bytes, int]]:
+        """The same at the settled sizes. SettlementDiffers: its root is not the one that was accepted."""
+        tree, amounts = self.reward_tree()
+        if tree.root != self.state.root:
+            raise SettlementDiffers(
+                f"the accepted root is {self.state.root.hex()}, computed is {tree.root.hex()}: these are not the logs "
+                "that were settled, or a wrong epoch was accepted"
+            )
+        return tree, amounts
+
 
 def open_books(
     exports: Iterable[Export],
@@ -59,8 +69,9 @@ def open_books(
         store: where prefixes come from and go to; default: everything is computed from the first leaf on.
 
     Raises:
-        InvalidArgument: an export is there twice; one is missing, or is not the one that was settled, so that what has
-            been earned can't be computed; the facts lack a header, or their events don't fit each other.
+        InvalidArgument: an export is there twice; one is missing, or is not the one that was settled (an anchor
+            differs, or what its receipts pay), so that what has been earned can't be computed; the facts lack a
+            header, or their events don't fit each other.
     """
     by_log: dict[bytes, Export] = {}
     for export in exports:
@@ -75,9 +86,13 @@ def open_books(
         books.notes.append(f"log {log_id.hex()} is not registered on this chain: left out")
     for log_id, log in sorted(books.state.logs.items()):
         prefix = store.load(facts, log) if store is not None else None
+        args = (by_log.get(log_id), log, facts, registry, headers or facts.header)
+        judged = _judged(*args, prefix, started)
+        if prefix is not None and judged is not None and not _is_as_settled(judged):
+            prefix = None  # kept of an export that lacked something
+            judged = _judged(*args, None, started)
         if prefix is not None:
             books.prefixes[log_id] = prefix
-        judged = _judged(by_log.get(log_id), log, facts, registry, headers or facts.header, prefix, started)
         if judged is None:
             if log.anchors:
                 books.notes.append(f"log {log_id.hex()} is anchored, but no export of it was given")
@@ -88,6 +103,13 @@ def open_books(
             raise InvalidArgument(
                 f"log {log_id.hex()} is settled up to {log.settled_size}, but its export is good up to {judged.judged} "
                 f"only: it is not the one that was settled",
+                field="export",
+            )
+        if not _is_as_settled(judged):
+            raise InvalidArgument(
+                f"of log {log_id.hex()} {log.settled_amount} is settled for its first {log.settled_size} receipts, its "
+                f"export pays {judged.paid_so_far()} for them: it is not the export that was settled, something in it "
+                "is missing",
                 field="export",
             )
         books.logs[log_id] = judged
@@ -115,6 +137,11 @@ def keep_prefixes(
             prefixes.append(Prefix(size, frontier.peaks, judged.tally(size), frozenset(known)))
         if prefixes:
             store.save(books.facts, judged.log, prefixes)
+
+
+def _is_as_settled(judged: JudgedLog) -> bool:
+    size = judged.log.settled_size
+    return judged.judged >= size and judged.paid_so_far() == judged.log.settled_amount
 
 
 def _judged(

@@ -31,7 +31,11 @@ def stops_of(proposal: Proposal) -> dict[bytes, int]:
 
 
 def next_epoch(books: Books, epoch_cap: int) -> Epoch:
-    """Each log as far as its deposit and what is left of the cap allow, those that waited longest first."""
+    """Each log as far as its deposit and what is left of the cap allow, those that waited longest first.
+
+    SettlementDiffers: what was accepted so far is not what is computed.
+    """
+    books.accepted_tree()
     allocations: list[Allocation] = []
     pending = books.state.pending
     notes = [f"epoch {pending.epoch} is pending, and this one would be in its place"] if pending else []
@@ -56,7 +60,8 @@ def next_epoch(books: Books, epoch_cap: int) -> Epoch:
 
 
 def check_proposal(books: Books, proposal: Proposal) -> None:
-    """Compute a proposal again. SettlementDiffers: it is not right; the message says where."""
+    """Compute a proposal again, and what was accepted before. SettlementDiffers: it is not right, and where."""
+    books.accepted_tree()
     log_ids = [one.log_id for one in proposal.allocations]
     if len(log_ids) > MAX_ALLOCATIONS:
         raise SettlementDiffers(f"{len(log_ids)} allocations, at most {MAX_ALLOCATIONS} are possible")

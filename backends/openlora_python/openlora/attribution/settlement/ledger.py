@@ -75,6 +75,10 @@ class JudgedLog:
         sums = self._sums()
         return sums[stop - self.start] - sums[start - self.start]
 
+    def paid_so_far(self) -> int:
+        """The sum of all paid prices below the log's settled size, what was judged before among them."""
+        return self._before.paid + self.paid(self.start, self.log.settled_size)
+
     def furthest(self, budget: int) -> int:
         """How far the next epoch can go from the settled size without paying more than `budget`."""
         sums = self._sums()

@@ -1,0 +1,103 @@
+"""Of logs that were settled: what is computed again has to be what was settled, or nothing more is settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from second_settlement import Export, check_settled, settle_log
+from settlement_cases import CaseLog, Market, second_view
+
+from openlora.attribution.settlement.books import Books, keep_prefixes, open_books
+from openlora.attribution.settlement.chain_state import Proposal
+from openlora.attribution.settlement.epoch import check_proposal, next_epoch
+from openlora.attribution.settlement.prefix_store import PrefixStore
+from openlora.errors import InvalidArgument, SettlementDiffers
+
+NO_CAP = 2**120 - 1
+PRICE = 109  # of Market's receipts
+
+
+@pytest.fixture
+def market() -> Market:
+    made = Market()
+    for _ in range(6):
+        made.serve()
+    made.log.anchor()
+    return made
+
+
+def open_market(market: Market) -> Books:
+    return open_books([market.log], market.chain.facts())
+
+
+def settle(market: Market) -> Proposal:
+    """Propose and accept all that there is."""
+    proposal = next_epoch(open_market(market), NO_CAP).proposal
+    assert proposal is not None
+    market.chain.propose(proposal)
+    market.chain.accept(proposal)
+    return proposal
+
+
+Damage = Callable[[CaseLog], None]
+
+
+def lose_signatures(log: CaseLog) -> None:
+    log.signatures[1] = log.signatures[4] = None
+
+
+def lose_a_blob(log: CaseLog) -> None:
+    log.blobs = {digest: content for digest, content in log.blobs.items() if not content.startswith(b"openlora/terms")}
+
+
+DAMAGES = [lose_signatures, lose_a_blob]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_export_that_lost_something_is_not_the_one_that_was_settled(
+    market: Market, tmp_path: Path, damage: Damage
+) -> None:
+    settle(market)
+    market.serve()
+    market.log.anchor()
+    second = second_view(market.chain.facts())
+    check_settled(second, [settle_log(second, Export(market.log.write(tmp_path / "whole")))])
+    damage(market.log)
+    with pytest.raises(InvalidArgument, match="654 is settled for its first 6 .*not the export that was"):
+        open_market(market)
+    with pytest.raises(ValueError, match="not the export that was settled"):
+        check_settled(second, [settle_log(second, Export(market.log.write(tmp_path / "damaged")))])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_nothing_is_kept_of_an_export_that_lacks_something(market: Market, tmp_path: Path, damage: Damage) -> None:
+    """A prefix of a copy that was not whole, kept before its epoch was settled, is judged again."""
+    store = PrefixStore(tmp_path / "prefixes")
+    signatures, blobs = list(market.log.signatures), dict(market.log.blobs)
+    damage(market.log)
+    books = open_market(market)
+    keep_prefixes(books, [market.log], store, {market.log.log_id: 5})
+    market.log.signatures, market.log.blobs = signatures, blobs
+    proposal = settle(market)
+    books = open_books([market.log], market.chain.facts(), store=store)
+    assert (books.logs[market.log.log_id].start, books.accepted_tree()[0].root) == (0, proposal.root)
+    keep_prefixes(books, [market.log], store)
+    assert open_books([market.log], market.chain.facts(), store=store).logs[market.log.log_id].start == 6
+
+
+def test_nothing_is_proposed_or_attested_over_a_root_that_differs(market: Market, tmp_path: Path) -> None:
+    proposal = next_epoch(open_market(market), 3 * PRICE).proposal
+    assert proposal is not None
+    wrong = replace(proposal, root=b"\7" * 32)
+    market.chain.propose(wrong)
+    market.chain.accept(wrong)
+    books = open_market(market)
+    for compute in (lambda: next_epoch(books, NO_CAP), lambda: check_proposal(books, proposal), books.accepted_tree):
+        with pytest.raises(SettlementDiffers, match="the accepted root is 0707"):
+            compute()
+    second = second_view(market.chain.facts())
+    with pytest.raises(ValueError, match="the accepted root is another one"):
+        check_settled(second, [settle_log(second, Export(market.log.write(tmp_path / "log")))])
