@@ -158,6 +158,7 @@ def test_a_closed_log_gets_its_last_anchor(chain: Anvil, state: Path) -> None:
     old = LocalLog(state).key
     begin_rotation(state)
     ReceiptLog.open(state).close()
+    serve_requests(state, 5, 1)  # the log that follows signs before the worker looks again
     chain.release()
     worker.wait_for(lambda report: report["final_size"] == 5)
     assert worker.process.wait(60) == 0

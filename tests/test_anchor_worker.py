@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openlora.attribution.chain_check import ChainCheck, anchored_head
+from openlora.attribution.checkpoint import verify_checkpoint
 from openlora.attribution.custody import Custody, settle_custody
 from openlora.attribution.log import ReceiptLog
 from openlora.errors import Internal, LogConflict, ReceiptInvalid, Unavailable
@@ -168,6 +169,37 @@ def test_a_log_restored_under_a_running_worker_is_noticed(case: AnchorCase, tmp_
     shutil.copytree(backup, case.state / "log")
     with pytest.raises(LogConflict, match="this log has 4"):
         case.step()
+
+
+@pytest.mark.parametrize("verdict", ["behind", "forked"])
+def test_a_log_that_the_chain_contradicts_is_closed_at_the_next_start(case: AnchorCase, verdict: str) -> None:
+    """Restored in place, so that its file looks like the one that signed."""
+    case.serve(4)
+    places = (case.state / "log", case.state / "journal")
+    backup = {file: file.read_bytes() for place in places for file in place.iterdir() if file.is_file()}
+    case.serve(4)
+    case.step()
+    case.step()
+    for file in [file for place in places for file in place.iterdir() if file not in backup]:
+        file.unlink()
+    for file, content in backup.items():
+        file.write_bytes(content)
+    if verdict == "forked":
+        case.requests = 100
+        case.serve(9)
+    case.restart()
+    with pytest.raises(LogConflict, match="start the server again"):
+        case.step()
+    assert ChainCheck.load(case.state).verdict == verdict
+    key = case.key
+    assert settle_custody(case.state, [anchored_head(case.state)]) is Custody.CLOSED
+    closed = case.state / "closed" / key.log_id.hex()[:16]
+    assert verify_checkpoint((closed / "log" / "checkpoint").read_bytes(), key).size == (
+        13 if verdict == "forked" else 4
+    )
+    with ReceiptLog.open(case.state) as log:
+        assert log.key.predecessor == key.log_id
+    assert settle_custody(case.state, [anchored_head(case.state)]) is Custody.KEPT
 
 
 @given(WEI, WEI, WEI, WEI)

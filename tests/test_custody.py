@@ -323,6 +323,30 @@ def test_a_database_restored_in_place_forgot_a_released_checkpoint(state: Path, 
     assert logged(state) == [6]
 
 
+def test_a_log_restored_in_place_is_compared_although_its_file_looks_the_same(
+    state: Path, witness: Witness, tmp_path: Path
+) -> None:
+    """As `rsync --inplace` or `cp -a` over the old files puts a backup back: database, note and file stay one thing."""
+    assert settle_custody(state, [seen_by(witness), unreachable]) is Custody.KEPT
+    copy_in_place = {file: file.read_bytes() for file in (state / "log").iterdir() if file.is_file()}
+    serve_receipts(state, 5)
+    later = Checkpoint(key_of(state).origin, 6, released(state).root)
+    for file, content in copy_in_place.items():
+        file.write_bytes(content)
+    with closing(ReceiptLog.open(state)) as log:
+        assert log.in_custody and log.size() == 5
+    for nothing_new in (unreachable, unknown, seen_by(witness)):
+        assert settle_custody(state, [nothing_new]) is Custody.KEPT
+    old = key_of(state)
+    assert settle_custody(state, [unreachable, lambda key: later]) is Custody.CLOSED
+    assert key_of(state).predecessor == old.log_id
+    closed = state / "closed" / old.log_id.hex()[:16]
+    note = (closed / "log" / "checkpoint").read_bytes()
+    assert verify_checkpoint(note, old).size == 5  # and nothing more was signed
+    serve_receipts(state, 6)
+    assert logged(state) == [6]
+
+
 def logged(state: Path) -> list[int]:
     with closing(ReceiptLog.open(state, read_only=True)) as log:
         assert [one.receipt.seq for one in log.list()] == list(range(log.size()))

@@ -24,7 +24,7 @@ Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 class ChainCheck(BaseModel):
     """One comparison. `consistent`: the log begins with what was anchored, the worker may go on; `behind`: it has
-    fewer leaves; `forked`: it has others. After the last two the log must never sign a checkpoint again."""
+    fewer leaves; `forked`: it has others. After the last two the log is closed when the server starts the next time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,9 +1,9 @@
 """Whether a state directory may still sign for its log, and what happens if it may not.
 
 A directory that was restored from a backup does not know what it signed since; of a directory and its copy, both would
-go on. Either way two trees could be signed that contradict each other. So a file that is another than the one that
-signed (see `file_identity`), or that has forgotten a checkpoint that was released, is compared with what others saw of
-the log. Where nobody saw it, the safe way is a new log.
+go on. Either way two trees could be signed that contradict each other. So the log is compared with what others saw of
+it. Where that is another log, or it has forgotten a checkpoint that was released, it is closed; so is a file that is
+another than the one that signed (see `file_identity`) and that nobody saw: the safe way is a new log.
 """
 
 from __future__ import annotations
@@ -35,22 +35,33 @@ class Custody(enum.Enum):
     KEPT = "this is the file that signed last"
     TAKEN = "copied or restored, and it begins with all that others saw of the log: it signs from now on"
     UNCOMPARED = "copied or restored, and those who could say more do not answer: no checkpoints until the next start"
-    CLOSED = "copied or restored, and not what others saw, or nobody saw it: closed, a new log goes on"
+    CLOSED = "copied or restored: it is not what others saw, or nobody saw it. Closed, a new log goes on"
 
 
 def settle_custody(state_dir: Path, observers: Sequence[Observer]) -> Custody:
-    """Before a server starts: compare a log that was copied or restored, and close it where it may not sign again."""
+    """Before a server starts: compare the log with what others saw, and close it where it may not sign again.
+
+    A file that looks like the one that signed is compared as well: it may have been restored in place.
+    """
     if not (state_dir / "log" / "receipts.sqlite").exists():
         return Custody.KEPT
     with closing(ReceiptLog.open(state_dir)) as log:
         released = released_checkpoint(log)
         newest = log.newest_checkpoint()
         forgotten = released is not None and (newest is None or released.size > newest.size)
-        if log.in_custody and not forgotten:
+        heads, silent = _ask(log.key, observers)
+        known = max([head.size for head in heads] + ([released.size] if forgotten else []), default=0)
+        if forgotten or _contradicted(log, heads):
+            custody = Custody.CLOSED
+        elif log.in_custody:
             return Custody.KEPT
-        custody, known = (Custody.CLOSED, released.size) if forgotten else _compare(log, observers)
-        if custody is Custody.TAKEN:
+        elif silent:
+            custody = Custody.UNCOMPARED
+        elif heads:
+            custody = Custody.TAKEN
             log.take_custody()
+        else:
+            custody = Custody.CLOSED
     if custody is Custody.CLOSED:
         rotate(state_dir, known)
     logger.warning("the receipt log in %s was %s", state_dir, custody.value)
@@ -60,10 +71,10 @@ def settle_custody(state_dir: Path, observers: Sequence[Observer]) -> Custody:
 def rotate(state_dir: Path, known: int = 0) -> LogKey:
     """Close the log with a last checkpoint, if it may sign, and open the one that follows; the new one's key.
 
-    `known`: see `begin_rotation`. Unavailable: a server runs on it.
+    `known`: see `begin_rotation`; such a log signs nothing more. Unavailable: a server runs on it.
     """
     with closing(ReceiptLog.open(state_dir, wait=False)) as log:
-        if log.in_custody:
+        if log.in_custody and not known:
             try:
                 Checkpointer(log).sign_due(now=True)
             except Internal as error:
@@ -76,19 +87,23 @@ def rotate(state_dir: Path, known: int = 0) -> LogKey:
     return key
 
 
-def _compare(log: ReceiptLog, observers: Sequence[Observer]) -> tuple[Custody, int]:
-    """What others saw says, and how many receipts the largest of their trees has."""
-    seen, silent = [], 0
+def _ask(key: LogKey, observers: Sequence[Observer]) -> tuple[list[Checkpoint], bool]:
+    """The trees that others saw, and whether any of them does not answer."""
+    heads, silent = [], False
     for observe in observers:
         try:
-            seen.append(observe(log.key))
+            seen = observe(key)
         except Unavailable as error:
             logger.warning("nothing to compare the receipt log with: %s", error)
-            silent += 1
-    heads = [one for one in seen if one is not None]
+            silent = True
+            continue
+        if seen is not None:
+            heads.append(seen)
+    return heads, silent
+
+
+def _contradicted(log: ReceiptLog, heads: Sequence[Checkpoint]) -> bool:
+    if not heads:
+        return False
     tree = MerkleTree(log.leaf_hashes())
-    if any(head.size > tree.size or tree.root(head.size) != head.root for head in heads):
-        return Custody.CLOSED, max(head.size for head in heads)
-    if silent:
-        return Custody.UNCOMPARED, 0
-    return Custody.TAKEN if heads else Custody.CLOSED, 0
+    return any(head.size > tree.size or tree.root(head.size) != head.root for head in heads)

@@ -12,7 +12,7 @@ from ...attribution.log import ReceiptLog
 from ...attribution.merkle_tree import MerkleTree
 from ...attribution.receipt import leaf_hash
 from ...attribution.rotation import closed_directory
-from ...errors import InvalidArgument, LogConflict, Unavailable
+from ...errors import InvalidArgument, LogConflict, ReceiptInvalid, Unavailable
 
 ZERO_ROOT = bytes(32)  # the contract's head of a log that has no anchor
 _PAGE = 10_000
@@ -40,7 +40,7 @@ class LocalLog:
 
         Raises:
             LogConflict: the checkpoint is not one of these leaves, or the log is gone.
-            Unavailable: it is being moved to where closed logs lie.
+            Unavailable: it is being moved to where closed logs lie, from where the next call reads.
             ReceiptInvalid: it is not signed by the log.
         """
         try:
@@ -48,7 +48,11 @@ class LocalLog:
             note = (self._state_dir / "log" / "checkpoint").read_bytes()
         except FileNotFoundError:
             note = None
-        checkpoint = verify_checkpoint(note, self.key) if note is not None else None
+        try:
+            checkpoint = verify_checkpoint(note, self.key) if note is not None else None
+        except ReceiptInvalid:
+            self._open().close()  # signed by the log that follows, if this one is closed by now
+            raise
         self._read_leaves()
         if checkpoint is not None and self._differs(checkpoint.size, checkpoint.root):
             self._tree = MerkleTree()  # the files may have been replaced since their first leaves were read
@@ -83,12 +87,13 @@ class LocalLog:
         if verdict == "behind":
             raise LogConflict(
                 f"{size} receipts are anchored, this log has {self.size}: it was restored or copied from an older "
-                "state. Nothing is anchored over it; the server goes on in a new log"
+                "state. Nothing is anchored over it; start the server again, which goes on in a new log"
             )
         if verdict == "forked":
             raise LogConflict(
                 f"the root anchored at {size} receipts is {root.hex()}, this log's is {self.root(size).hex()}: its "
-                "history is another one. Nothing is anchored over it; the server goes on in a new log"
+                "history is another one. Nothing is anchored over it; start the server again, which goes on in a new "
+                "log"
             )
 
     def root(self, size: int) -> bytes:
@@ -107,15 +112,19 @@ class LocalLog:
         self._state_dir = closed
         self.is_closed = True
 
-    def _read_leaves(self) -> None:
+    def _open(self) -> ReceiptLog:
         try:
             log = ReceiptLog.open(self._state_dir, read_only=True)
         except InvalidArgument as error:
             raise Unavailable(f"the log is being moved: {error.message}") from error
-        with closing(log):
-            if log.key != self.key:
-                self._follow_closed()
-                raise Unavailable("the log was closed; its last checkpoint is anchored from where it lies now")
+        if log.key != self.key:
+            log.close()
+            self._follow_closed()
+            raise Unavailable("the log was closed; its last checkpoint is anchored from where it lies now")
+        return log
+
+    def _read_leaves(self) -> None:
+        with closing(self._open()) as log:
             size = log.size()
             if size < self._tree.size:
                 self._tree = MerkleTree()
