@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ATTACKS = 25  # those that we know of
+ATTACKS = 26  # those that we know of
 MARKS = "pytestmark"  # of all tests of a file
 _ROW = re.compile(r"\| (?P<number>\d+)(?P<part>[a-z]?) \| (?P<attack>[^|]+) \| (?P<answer>[^|]+) \|")
 _TEST = re.compile(r"`(?P<file>[\w./]+)::(?P<name>\w+)`")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from public_vectors import needs_public_vectors, rfc6962_vectors
 
 from openlora.attribution.merkle_tree import (
     EMPTY_ROOT,
@@ -24,10 +25,8 @@ from openlora.attribution.receipt import leaf_hash
 from openlora.errors import InvalidArgument
 
 OWN = json.loads(Path(__file__).with_name("vectors").joinpath("tree_v1.json").read_text())
-# Cases of transparency-dev/merkle by name. They are not ours: they lie beside the checkout or not at all.
-PUBLIC_FILE = Path(__file__).parents[2] / "shared" / "vectors" / "rfc6962" / "vectors.json"
-PUBLIC = json.loads(PUBLIC_FILE.read_text()) if PUBLIC_FILE.is_file() else {}
-needs_public_vectors = pytest.mark.skipif(not PUBLIC, reason="no ../shared/vectors/rfc6962/vectors.json")
+PUBLIC_FILE = rfc6962_vectors()
+PUBLIC = json.loads(PUBLIC_FILE.read_text()) if PUBLIC_FILE is not None else {}  # by name
 LARGEST = 40
 
 

@@ -45,9 +45,9 @@ test('a signature with the higher s, another v, or another length is refused', (
   }
 });
 
-// They are not ours: they lie beside the checkout or not at all.
-const publicFile = new URL('../../../shared/vectors/rfc6962/vectors.json', import.meta.url);
-const skip = existsSync(publicFile) ? false : 'no ../shared/vectors/rfc6962/vectors.json';
+// They are not ours: who has them names them, or they lie beside the checkout.
+const publicFile = process.env.OPENLORA_RFC6962_VECTORS || new URL('../../../shared/vectors/rfc6962/vectors.json', import.meta.url);
+const skip = existsSync(publicFile) ? false : 'OPENLORA_RFC6962_VECTORS names no vectors.json of transparency-dev/merkle';
 
 test('RFC 6962: inclusion vectors, valid and not', { skip }, () => {
   const vectors = Object.entries(JSON.parse(readFileSync(publicFile))).filter(([name]) => name.startsWith('inclusion'));
