@@ -499,6 +499,30 @@ def reward_root(chain: Chain, amounts: dict[bytes, int]) -> bytes:
     return nodes[0]
 
 
+def next_allocations(chain: Chain, results: list[LogResult], cap: int) -> list[tuple[bytes, int, int, int]]:
+    """What a proposer chooses: (logId, from, to, amount), ascending; none if nobody would be paid."""
+    sizes, rows = settled_sizes(chain), []
+    for result in results:
+        mine, start = {"logId": result.log_id}, sizes.get(result.log_id, 0)
+        covering = [one.block for one in chain.named("Anchored", **mine) if one.arguments["size"] > start]
+        if result.good_size > start:
+            rows.append((covering[0], result.log_id, start, result))
+    paid, free = [], []
+    for _, log_id, start, result in sorted(rows, key=lambda row: row[:2]):
+        amounts = {
+            name: sum(one.arguments["amount"] for one in chain.named(name, logId=log_id))
+            for name in ("Deposited", "Settled")
+        }
+        most = min(amounts["Deposited"] - amounts["Settled"], cap - sum(row[3] for row in paid))
+        stop = max(stop for stop in range(start, result.good_size + 1) if result.paid(start, stop) <= most)
+        row = (log_id, start, stop, result.paid(start, stop))
+        if row[3] and len(paid) < 32:
+            paid.append(row)
+        elif stop > start and not row[3]:
+            free.append(row)
+    return sorted(paid + free[: 32 - len(paid)]) if paid else []
+
+
 def check_settled(chain: Chain, results: list[LogResult]) -> None:
     """Docs §3, History first: raises where the exports are not those that were settled."""
     sizes, by_log = settled_sizes(chain), {result.log_id: result for result in results}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from second_settlement import Export, check_settled, settle_log
+from second_settlement import Export, check_settled, next_allocations, settle_log
 from settlement_cases import CaseLog, Market, second_view
 
 from openlora.attribution.settlement.books import Books, keep_prefixes, open_books
@@ -101,3 +101,43 @@ def test_nothing_is_proposed_or_attested_over_a_root_that_differs(market: Market
     second = second_view(market.chain.facts())
     with pytest.raises(ValueError, match="the accepted root is another one"):
         check_settled(second, [settle_log(second, Export(market.log.write(tmp_path / "log")))])
+
+
+def test_logs_of_void_receipts_keep_nobody_out(market: Market, tmp_path: Path) -> None:
+    """However long they waited, and however many they are: what is paid comes first."""
+    block = market.chain.head
+    void = [CaseLog(market.chain, f"void-{number}") for number in range(33)]
+    for log in void:
+        log.serve(market.base, block=block, changes={"status": 4, "price": 0})
+        log.anchor()
+    paying = CaseLog(market.chain, "paying")
+    paying.serve(market.base, (market.french, 1), (market.legal, 1), block=block)
+    paying.anchor()
+    market.chain.deposit(paying, PRICE)
+    logs = [market.log, *void, paying]
+    facts = market.chain.facts()
+    epoch = next_epoch(open_books(logs, facts), NO_CAP)
+    assert epoch.proposal is not None
+    chosen = [one.words for one in epoch.proposal.allocations]
+    assert {(paying.log_id, 0, 1, PRICE), (market.log.log_id, 0, 6, 6 * PRICE)} < set(chosen) and len(chosen) == 32
+    assert sum("waits for the next epoch" in note for note in epoch.notes) == 3
+    second = second_view(facts)
+    results = [settle_log(second, Export(log.write(tmp_path / log.name))) for log in logs]
+    assert next_allocations(second, results, NO_CAP) == chosen
+
+
+def test_what_a_proposer_chooses_is_what_the_second_implementation_chooses(market: Market, tmp_path: Path) -> None:
+    later = CaseLog(market.chain, "later")
+    market.chain.deposit(later, 2 * PRICE)
+    for changes in ({}, {"status": 3, "price": 0}, {}, {}):
+        later.serve(market.base, (market.french, 1), (market.legal, 1), changes=changes)
+    later.anchor()
+    logs, taken = [market.log, later], []
+    while (proposal := next_epoch(open_books(logs, market.chain.facts()), 4 * PRICE).proposal) is not None:
+        second = second_view(market.chain.facts())
+        results = [settle_log(second, Export(log.write(tmp_path / f"{log.name}-{len(taken)}"))) for log in logs]
+        assert next_allocations(second, results, 4 * PRICE) == [one.words for one in proposal.allocations]
+        taken.append(proposal)
+        market.chain.propose(proposal)
+        market.chain.accept(proposal)
+    assert sum(one.amount for proposal in taken for one in proposal.allocations) == 8 * PRICE and len(taken) == 2

@@ -33,26 +33,34 @@ def stops_of(proposal: Proposal) -> dict[bytes, int]:
 def next_epoch(books: Books, epoch_cap: int) -> Epoch:
     """Each log as far as its deposit and what is left of the cap allow, those that waited longest first.
 
+    Logs that only void receipts would be settled of take the places that are left, or they could keep all others out.
+
     SettlementDiffers: what was accepted so far is not what is computed.
     """
     books.accepted_tree()
     allocations: list[Allocation] = []
     pending = books.state.pending
     notes = [f"epoch {pending.epoch} is pending, and this one would be in its place"] if pending else []
+    unpaid: list[Allocation] = []
+    later: list[bytes] = []
     left = epoch_cap
     for judged in sorted(_waiting(books), key=_waits_since):
         if len(allocations) == MAX_ALLOCATIONS:
-            notes.append(f"log {judged.log.log_id.hex()} waits for the next epoch: {MAX_ALLOCATIONS} logs are in this")
+            later.append(judged.log.log_id)
             continue
         allocation, note = _allocation(judged, left, epoch_cap)
         if note is not None:
             notes.append(note)
         if allocation is not None:
-            allocations.append(allocation)
+            (allocations if allocation.amount else unpaid).append(allocation)
             left -= allocation.amount
-    amount = sum(one.amount for one in allocations)
-    if amount == 0:
+    if not allocations:
         return Epoch(None, tuple(notes))
+    amount = sum(one.amount for one in allocations)
+    places = MAX_ALLOCATIONS - len(allocations)
+    allocations += unpaid[:places]
+    for log_id in [one.log_id for one in unpaid[places:]] + later:
+        notes.append(f"log {log_id.hex()} waits for the next epoch: {MAX_ALLOCATIONS} logs are in this")
     allocations.sort(key=lambda one: one.log_id)
     tree, _ = books.reward_tree({one.log_id: one.stop for one in allocations})
     state = books.state
