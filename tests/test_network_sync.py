@@ -8,15 +8,18 @@ import threading
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chain import Devnet, terms_of
 from chain_node import CARD, ChainNode
 from scripted_source import Fault, ScriptedSource
+from web3 import Web3
 
 from openlora.adapters.catalog import Catalog
 from openlora.adapters.catalog_rows import AdapterRecord
 from openlora.adapters.chain_view import CHAIN_ORIGIN, ChainTerms, ChainView
+from openlora.attribution.settlement.facts import ChainFacts
 from openlora.attribution.settlement.registry import Registry
 from openlora.errors import AdapterNotFound, ChainMismatch, InvalidArgument, Unavailable
 from openlora.network.chain_facts import read_facts
@@ -303,7 +306,7 @@ def test_readers_see_one_block_or_the_next_never_both(tmp_path: Path) -> None:
 
 
 def test_one_follower_a_state_directory(tmp_path: Path) -> None:
-    with only_sync(tmp_path), pytest.raises(Unavailable, match="is followed for .* already"), only_sync(tmp_path):
+    with only_sync(tmp_path), pytest.raises(Unavailable, match="follows the chain for .* already"), only_sync(tmp_path):
         pass
     with only_sync(tmp_path):
         pass
@@ -382,6 +385,36 @@ def test_only_final_blocks_are_facts(devnet: Devnet) -> None:
     assert read_facts(devnet.web3, deployment).head == head - 3
     finalized = devnet.deployment.model_copy(update={"confirmations": "finalized"})
     assert read_facts(devnet.web3, finalized).head == devnet.web3.eth.get_block("finalized")["number"] < head
+
+
+def test_two_who_read_into_one_file_take_turns(devnet: Devnet, tmp_path: Path) -> None:
+    cache, lock = tmp_path / "facts.sqlite", tmp_path / "facts.sqlite.lock"
+    found: list[ChainFacts] = []
+
+    def read(web3: Web3) -> None:
+        found.append(read_facts(web3, devnet.deployment, cache=cache))
+
+    first, second = devnet.deployment.connect(), devnet.deployment.connect()
+    other = threading.Thread(target=read, args=(second,))
+    get_logs = first.eth.get_logs
+
+    def while_the_other_one_starts(wanted: Any) -> Any:
+        if other.ident is None:
+            other.start()
+        while other.is_alive() and not _waited_for(lock):
+            other.join(0.01)
+        return get_logs(wanted)
+
+    first.eth.get_logs = while_the_other_one_starts  # type: ignore[method-assign]
+    read(first)
+    other.join()
+    assert found[0] == found[1] == read_facts(devnet.web3, devnet.deployment, found[0].head)
+
+
+def _waited_for(lock: Path) -> bool:
+    """Whether somebody waits for a lock file, as Linux tells it."""
+    inode = f":{lock.stat().st_ino} " if lock.exists() else " no lock "
+    return any("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 def test_a_cache_of_another_deployment_is_begun_anew(devnet: Devnet, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The events of our contracts up to a final block, read in ranges, kept in a file, and never past a re-org.
 
-The file (SQLite) belongs to one deployment and one process; it only saves reading: whatever in it is not on the chain
-any more is taken back, back to the newest block that still is.
+The file (SQLite) belongs to one deployment, and processes take turns at it. It only saves reading: whatever in it is
+not on the chain any more is taken back, back to the newest block that still is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from web3.exceptions import BlockNotFound
 
 from ..attribution.settlement.facts import BlockHeader, ChainEvent, ChainFacts
 from ..errors import Unavailable
+from ..processes.lock_file import in_turn
 from ..transaction import transaction
 from .deployment import Deployment
 from .event_decoder import EVENTS, EventDecoder
@@ -57,7 +58,7 @@ def read_facts(
     Raises:
         Unavailable: the chain does not answer, or moves all the time.
     """
-    with closing(_Cache(cache, deployment)) as kept:
+    with _alone(cache), closing(_Cache(cache, deployment)) as kept:
         for _ in range(ATTEMPTS):
             try:
                 return _Reading(web3, deployment, kept).read(to_block, progress)
@@ -151,6 +152,14 @@ class _Reading:
         return headers
 
 
+def _alone(cache: Path | None) -> AbstractContextManager[None]:
+    """Commands that are started together read one after the other: the later ones find what the first one read."""
+    if cache is None:
+        return nullcontext()
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    return in_turn(cache.with_name(cache.name + ".lock"))
+
+
 class _Cache:
     """Events and headers up to `head`. A file of another deployment, or one that is damaged, is begun anew."""
 
@@ -159,11 +168,9 @@ class _Cache:
         identity |= {name: getattr(deployment.contracts, name).address for name in EVENTS}
         identity["start_block"] = deployment.start_block
         facts = json.dumps(identity, sort_keys=True)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not _belongs(path, facts):
-                for file in (path, path.with_name(path.name + "-journal")):
-                    file.unlink(missing_ok=True)
+        if path is not None and not _belongs(path, facts):
+            for file in (path, path.with_name(path.name + "-journal")):
+                file.unlink(missing_ok=True)
         self._connection = sqlite3.connect(":memory:" if path is None else path, isolation_level=None)
         self._connection.execute("PRAGMA synchronous = OFF")  # what a power cut damages is read again
         if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'deployment'").fetchone():

@@ -39,6 +39,17 @@ def locked(file: Path, why_not: Callable[[int], str]) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Hold `file` for the body, once those who hold it are done."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def lock_holder(file: Path) -> int | None:
     """The pid of the process that holds a lock file, if one does."""
     try:
