@@ -22,6 +22,7 @@ from scripted_source import Fault, ScriptedSource, etag
 from tiny_models import make_adapter
 from typer.testing import CliRunner
 
+from openlora.adapters.catalog_reader import CatalogReader
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.fetch import FetchArea
 from openlora.adapters.ingest import ingest
@@ -510,6 +511,15 @@ def test_credentials_open_the_source_and_are_written_nowhere(state, base, http, 
     for secret in (b"pa55word", b"s3cr3t", b"user:"):
         assert secret not in written + told
     assert http.url.encode() in written
+
+
+def test_what_came_by_a_login_in_its_uri_is_never_evicted_until_it_came_without(state, base, http, poet):
+    signed = http.url + "/poet?token=s3cr3t"
+    for source, kept in ((signed, {poet}), (signed, {poet}), (f"{http.url}/poet", set())):
+        (result,) = ingest(state, base, [job_of(source, None)], limits=QUICK)
+        assert (result.status, result.version) == ("ready", 1)
+        with CatalogReader(state / "catalog.sqlite") as reader:
+            assert reader.irreplaceable() == kept
 
 
 def test_logins_come_from_netrc(state, base, http, poet, tmp_path, monkeypatch):

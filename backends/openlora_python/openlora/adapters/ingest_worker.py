@@ -29,7 +29,7 @@ from .chain_view import CHAIN_ORIGIN
 from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .printable import printable
-from .sources import SourceLimits, is_uri
+from .sources import SourceLimits, is_uri, parse_uri
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
 from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter, validate_config
 
@@ -108,11 +108,13 @@ Report = Callable[[Event | Fatal], None]
 
 @dataclass(frozen=True)
 class Fetched:
-    """The files of one adapter: where they come from, as the catalog may say it; where they are; the source's state."""
+    """The files of one adapter: where they come from, as the catalog may say it; where they are; the source's state;
+    whether its URI had a login."""
 
     source: str
     directory: Path
     state: str = ""
+    login: bool = False
 
 
 class Ingester:
@@ -148,7 +150,17 @@ class Ingester:
         known = self._catalog.current(job.name, job.origin)
         card = NOBODY if known is None else known.card  # whose access policy stands until another card was read
         found = AdapterRecord(
-            job.name, 0, "", 0, "ready", "", card, base=self._base.digest, source=origin.source, origin=job.origin
+            job.name,
+            0,
+            "",
+            0,
+            "ready",
+            "",
+            card,
+            base=self._base.digest,
+            source=origin.source,
+            origin=job.origin,
+            login=origin.login,
         )
         try:
             with SourceDirectory(origin.directory) as source:
@@ -223,7 +235,8 @@ class Ingester:
         """What a remote source held before and still holds, under the name that is asked for now."""
         if job.restores:
             return IngestResult(job.name, "ready", job.restores, record.digest, record.rank)
-        return result_of(*self._catalog.put(replace(record, name=job.name, origin=job.origin)))
+        login = parse_uri(job.source).has_login
+        return result_of(*self._catalog.put(replace(record, name=job.name, origin=job.origin, login=login)))
 
     def is_current(self, known: AdapterRecord, source_state: str, digest: str) -> bool:
         """Whether it would be brought in again in vain; `digest` is the only one that is wanted, if given."""

@@ -111,6 +111,11 @@ class SourceUri:
         return f"{self.scheme}://{host}{self.parts.path}"
 
     @property
+    def has_login(self) -> bool:
+        """Whether it has a part that is never stored: without it, its files can't be had again."""
+        return self.parts.geturl() != self.public
+
+    @property
     def name(self) -> str:
         """The last part of its path: what an adapter from here is called by default."""
         return unquote(self.public.rpartition("/")[2])
