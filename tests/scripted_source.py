@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 4096
+DRIP_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,20 @@ class Fault:
     body: bytes | None = None  # instead of the file
     ranges: bool = True
     endless: bool = False  # chunks of zeros, without a length
+    drip: bytes | None = None  # the answer begins like this, and goes on a byte at a time until the test is over
     before: Callable[[], Any] = lambda: None  # is called before the answer
 
 
 class ScriptedSource:
-    """`files` by path; `faults` by path, then by method: used up one by one, the last one stays when `for_ever`."""
+    """`files` by path; `faults` by path, then by method: used up one by one, the last one stays when `for_ever`.
+    `marks` are the headers that tell one content from another."""
 
     def __init__(self, certificate: Path | None = None) -> None:
         """`certificate` is a PEM file with its key: HTTPS then."""
         self.files: dict[str, bytes] = {}
         self.faults: dict[tuple[str, str], list[Fault]] = {}
         self.for_ever = False
+        self.marks: Callable[[bytes], dict[str, str]] = lambda content: {"ETag": etag(content)}
         self.login: str | None = None
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.sent = 0  # bytes of bodies
@@ -105,7 +109,7 @@ def _handler(source: ScriptedSource) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None: ...
 
         def do_HEAD(self) -> None:
-            self._answer()
+            self.do_GET()
 
         def do_GET(self) -> None:
             try:
@@ -118,6 +122,9 @@ def _handler(source: ScriptedSource) -> type[BaseHTTPRequestHandler]:
             source.noted(self.command, self.path, {name.lower(): value for name, value in self.headers.items()})
             fault = source.next_fault(self.command, path)
             fault.before()
+            if fault.drip is not None:
+                self._drip(fault.drip)
+                return
             content = source.files.get(path)
             login = None if source.login is None else "Basic " + base64.b64encode(source.login.encode()).decode()
             status = fault.status
@@ -130,15 +137,22 @@ def _handler(source: ScriptedSource) -> type[BaseHTTPRequestHandler]:
                 return
             self._send_file(fault, content)
 
+        def _drip(self, beginning: bytes) -> None:
+            self.close_connection = True
+            self.wfile.write(beginning)
+            while not source.over.wait(DRIP_SECONDS):
+                self.wfile.write(b"a")
+
         def _send_file(self, fault: Fault, content: bytes) -> None:
-            tag = fault.headers.get("ETag", etag(content))
+            marks = source.marks(content)
+            tag = fault.headers.get("ETag", marks.get("ETag", ""))
             body = content if fault.body is None else fault.body
             asked = self._range(tag) if fault.ranges else None
             start, end = (0, len(body)) if asked is None else (asked[0], min(asked[1], len(body)))
             if start >= len(body):
                 self._send(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(body)}"})
                 return
-            headers = {"Content-Length": str(end - start if fault.claim is None else fault.claim), "ETag": tag}
+            headers = {"Content-Length": str(end - start if fault.claim is None else fault.claim), **marks}
             if asked is not None:
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
             if fault.endless:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from access_cases import CARD, SetClock, adapter, make_run, write_log_key
@@ -128,6 +130,36 @@ def test_the_operators_word_wins(tmp_path: Path) -> None:
 def test_two_rules_for_one_adapter_are_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="'a' is in `private` and has an `access` as well"):
         make_run(tmp_path, adapters={"a": {"access": {"policy": "open"}}}, private={"a": ["alice"]})
+
+
+def test_an_address_is_the_same_in_any_case(tmp_path: Path) -> None:
+    """The catalog and signed requests have the checksummed one, whatever the settings say."""
+    poet, bard = f"{WALLET.address}/poet", f"{WALLET.address}/bard"
+    caller = WALLET.address.lower()
+    run = make_run(
+        tmp_path,
+        private={poet.lower(): ["alice"]},
+        adapters={bard.lower(): {"access": {"policy": "allow-list"}, "tokens_per_day": 5}},
+        callers={caller: hashlib.sha256(b"my key").hexdigest()},
+        caller_limits={caller: {"tokens_per_day": 7}},
+    )
+    policy = AccessPolicy(run)
+    assert policy.allows("alice", adapter(poet))
+    assert not policy.allows("bob", adapter(poet))
+    assert not policy.allows("alice", adapter(bard))
+    assert policy.adapter_limits(bard).tokens_per_day == 5
+    assert policy.caller("my key") == WALLET.address
+    assert policy.limits(policy.caller("my key")).tokens_per_day == 7
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "suffix"),
+    [("private", ["alice"], "/poet"), ("adapters", {}, "/poet"), ("callers", "ab" * 32, ""), ("caller_limits", {}, "")],
+)
+def test_two_spellings_of_one_address_are_refused(tmp_path: Path, setting: str, value: Any, suffix: str) -> None:
+    twice = {f"{spelling}{suffix}": value for spelling in (WALLET.address, WALLET.address.lower())}
+    with pytest.raises(InvalidArgument, match=rf"access.{setting}: '{WALLET.address}{suffix}' is there twice"):
+        make_run(tmp_path, **{setting: twice})
 
 
 def test_token_gates(tmp_path: Path) -> None:

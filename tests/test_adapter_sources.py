@@ -9,17 +9,20 @@ import sys
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from ipaddress import ip_address
+from zlib import crc32
 
 import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from scripted_source import Fault, ScriptedSource
+from scripted_source import Fault, ScriptedSource, etag
 from tiny_models import make_adapter
 from typer.testing import CliRunner
 
+from openlora.adapters.catalog_reader import CatalogReader
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.fetch import FetchArea
 from openlora.adapters.ingest import ingest
@@ -254,6 +257,28 @@ def test_a_file_replaced_after_it_was_read_is_noticed(state, base, http):
     assert (state / "adapters" / result.digest / CONFIG).read_bytes() == changed
 
 
+MARKS = {
+    "weak-tag": lambda content: {"ETag": f"W/{etag(content)}"},
+    "last-modified": lambda content: {"Last-Modified": format_datetime(datetime.fromtimestamp(crc32(content), UTC))},
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_old_and_new_files_are_not_mixed_though_only_a_hint_tells_them_apart(state, base, http, pristine, mark):
+    """Both files are replaced by others of the same size, after the configuration was read."""
+    http.marks = MARKS[mark]
+    config, other = http.files[f"/poet/{CONFIG}"], (pristine / "bard" / WEIGHTS).read_bytes()
+    changed = config.replace(b'"lora_alpha": 8', b'"lora_alpha": 9')
+    assert changed != config and len(other) == len(weights(http))
+    new = {f"/poet/{CONFIG}": changed, f"/poet/{WEIGHTS}": other}
+    http.fail(f"/poet/{WEIGHTS}", Fault(before=lambda: http.files.update(new)))
+    result = add(state, base, http)
+    arrived(state, result, result.digest)
+    assert (state / "adapters" / result.digest / CONFIG).read_bytes() == changed
+    assert (state / "adapters" / result.digest / WEIGHTS).read_bytes() == other
+    assert [headers.get("range") for headers in http.asked("GET", WEIGHTS)] == [None, None]
+
+
 def test_a_source_that_changes_for_ever_is_given_up(state, base, http):
     numbers = iter(range(10**6))
     http.fail(f"/poet/{WEIGHTS}", Fault(before=lambda: touched(http, next(numbers))), for_ever=True)
@@ -325,14 +350,32 @@ def test_a_stalled_server_is_left_and_the_rest_is_asked_for_again(state, base, h
 
 def test_a_server_that_stalls_for_ever_is_given_up(state, base, http):
     http.fail(f"/poet/{WEIGHTS}", Fault(stall_at=0), for_ever=True)
-    failed(state, add(state, base, http, limits=HASTY), "no answer for too long (ReadTimeout), 3 times")
+    failed(state, add(state, base, http, limits=HASTY), "no answer for too long, 3 times")
+
+
+DRIPS = {
+    "header": b"HTTP/1.1 200 OK\r\nX-Slow: ",
+    "body": b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n",
+    "chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;",
+}
+
+
+@pytest.mark.parametrize("place", DRIPS)
+def test_a_server_that_drips_is_given_up(state, base, http, place):
+    """Something comes all the time, and never enough of it."""
+    untagged = Fault(headers={"ETag": ""})
+    http.fail(f"/poet/{CONFIG}", untagged, methods=("HEAD",), for_ever=True)
+    http.fail(f"/poet/{CONFIG}", Fault(drip=DRIPS[place]), for_ever=True)
+    limits = replace(HASTY, connect_seconds=1.0)
+    failed_clean(state, add(state, base, http, limits=limits), ", 3 times")
+    assert len(http.asked("GET", CONFIG)) == HASTY.attempts
 
 
 def test_nobody_there_is_an_error(state, base, other_http):
     url = other_http.url
     other_http.close()
     (result,) = ingest(state, base, [job_of(url + "/poet", None)], limits=QUICK)
-    failed_clean(state, result, "Connection refused, 3 times")
+    failed_clean(state, result, "Connect call failed ('127.0.0.1'")
 
 
 def test_a_length_beyond_any_adapter_is_refused_before_anything_is_downloaded(state, base, http):
@@ -468,6 +511,15 @@ def test_credentials_open_the_source_and_are_written_nowhere(state, base, http, 
     for secret in (b"pa55word", b"s3cr3t", b"user:"):
         assert secret not in written + told
     assert http.url.encode() in written
+
+
+def test_what_came_by_a_login_in_its_uri_is_never_evicted_until_it_came_without(state, base, http, poet):
+    signed = http.url + "/poet?token=s3cr3t"
+    for source, kept in ((signed, {poet}), (signed, {poet}), (f"{http.url}/poet", set())):
+        (result,) = ingest(state, base, [job_of(source, None)], limits=QUICK)
+        assert (result.status, result.version) == ("ready", 1)
+        with CatalogReader(state / "catalog.sqlite") as reader:
+            assert reader.irreplaceable() == kept
 
 
 def test_logins_come_from_netrc(state, base, http, poet, tmp_path, monkeypatch):

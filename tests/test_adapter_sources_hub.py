@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 from scripted_source import Fault, ScriptedSource
@@ -45,8 +46,8 @@ def hub(poet, monkeypatch):
         source.close()
 
 
-def add(state, base, uri):
-    (result,) = ingest(state, base, [job_of(uri, None)], limits=QUICK)
+def add(state, base, uri, limits=QUICK):
+    (result,) = ingest(state, base, [job_of(uri, None)], limits=limits)
     return result
 
 
@@ -74,3 +75,14 @@ def test_what_is_not_there_is_missing(tmp_path, base, hub):
     result = add(tmp_path, base, "hf://org/nobody")
     assert (result.status, result.version) == ("quarantined", 0)
     assert result.reason == "adapter_config.json is missing at hf://org/nobody"
+
+
+def test_a_hub_that_drips_is_given_up(tmp_path, base, poet, hub):
+    size = len((poet / FILES[1]).read_bytes())
+    dripping = f"HTTP/1.1 206 Partial Content\r\nContent-Length: {size}\r\n\r\n".encode()
+    hub.fail(f"/org/poet/resolve/main/{FILES[1]}", Fault(drip=dripping), for_ever=True)
+    result = add(tmp_path, base, "hf://org/poet", replace(QUICK, stall_seconds=1.0, connect_seconds=1.0))
+    assert result.status == "failed"
+    assert result.reason == f"hf://org/poet/{FILES[1]}: no answer for too long, 3 times"
+    hub.faults.clear()
+    assert add(tmp_path, base, "hf://org/poet").digest == adapter_manifest(poet).digest

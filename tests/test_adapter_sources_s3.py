@@ -5,9 +5,11 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import s3fs
+from scripted_source import Fault, ScriptedSource
 from tiny_models import make_adapter
 from typer.testing import CliRunner
 
@@ -143,3 +145,24 @@ def test_a_store_that_is_not_there_is_an_error(state, base, bucket, monkeypatch)
     result = add(state, base)
     assert (result.status, result.version) == ("failed", 0)
     assert "3 times" in result.reason
+
+
+def test_a_store_that_drips_is_given_up(state, base, poet, bucket, monkeypatch):
+    """Bytes come all the time, and never enough of them; the store is one only as far as the driver asks here."""
+    http = ScriptedSource()
+    try:
+        for name in (CONFIG, WEIGHTS):
+            http.files[f"/adapters/poet/{name}"] = (poet / name).read_bytes()
+        size = len(http.files[f"/adapters/poet/{WEIGHTS}"])
+        dripping = f"HTTP/1.1 206 Partial Content\r\nContent-Length: {size}\r\n\r\n".encode()
+        http.fail(f"/adapters/poet/{WEIGHTS}", Fault(drip=dripping), for_ever=True)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", http.url)
+        limits = replace(QUICK, stall_seconds=1.0, connect_seconds=1.0)
+        (result,) = ingest(state, base, [job_of("s3://adapters/poet", None)], limits=limits)
+        assert result.status == "failed"
+        assert result.reason == f"s3://adapters/poet/{WEIGHTS}: no answer for too long, 3 times"
+        http.faults.clear()
+        result = add(state, base)
+        assert (result.status, result.digest) == ("ready", adapter_manifest(poet).digest)
+    finally:
+        http.close()

@@ -1,9 +1,10 @@
-"""Catalogs of before `names`: opened by a reader or a writer first, they mean what they meant."""
+"""Catalogs of older formats: opened by a reader or a writer first, they mean what they meant."""
 
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,34 @@ def test_an_old_file_means_what_it_meant_and_takes_changes(path, writer_first):
         assert stored.version == 2
     with closing(CatalogReader(path)) as reader:
         assert reader.lookup("poet").version == 1  # not brought to today's format a second time
+
+
+# Before it was known of a version whether its source wanted a login.
+FORMAT_2 = """
+CREATE TABLE names (
+    name TEXT PRIMARY KEY, current INTEGER NOT NULL, pinned INTEGER NOT NULL DEFAULT 0 CHECK (pinned IN (0, 1))
+) STRICT, WITHOUT ROWID;
+INSERT INTO names VALUES ('poet', 1, 1), ('cook', 2, 0);
+PRAGMA user_version = 2;
+"""
+
+
+@pytest.mark.parametrize("writer_first", [False, True])
+def test_a_file_of_format_2_keeps_what_was_chosen_and_learns_of_logins(path, writer_first):
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(FORMAT_2)
+        connection.execute("UPDATE adapters SET source = 'https://host/poet'")
+    if writer_first:
+        Catalog(path).__exit__()
+    with closing(CatalogReader(path)) as reader, Catalog(path) as catalog:
+        poet = reader.lookup("poet")
+        assert (poet.version, poet.pinned, poet.login) == (1, True, False)
+        assert reader.irreplaceable() == {"1" * 64}  # pinned
+        signed, change = catalog.put(replace(reader.find("cook"), login=True))
+        assert (signed.login, change) == (True, "unchanged")
+        assert reader.irreplaceable() == {"1" * 64, "2" * 64}
+    with closing(CatalogReader(path)) as reader:
+        assert reader.find("cook").login
 
 
 def test_many_processes_may_open_it_first(path):

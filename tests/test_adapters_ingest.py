@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from access_cases import make_run
 from tiny_models import make_adapter, make_model
 
 from openlora.adapters.base_modules import base_modules
@@ -32,6 +33,7 @@ from openlora.adapters.ingest_worker import (
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.adapters.store import AdapterStore, Incoming, SourceDirectory, copy_adapter
 from openlora.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable, UnsupportedModel
+from openlora.serving.access.policy import ANONYMOUS, AccessPolicy
 
 WEIGHTS = "adapter_model.safetensors"
 ADDRESS = "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed"  # from EIP-55
@@ -486,5 +488,39 @@ def test_an_adapter_that_can_not_be_read_any_more_keeps_its_access(state, base, 
     assert known_records(state)[-1].card["access"] == rule
     (source / WEIGHTS).unlink()
     (source / WEIGHTS).symlink_to("/etc/passwd")
+    assert add(state, base, source).status == "quarantined"
+    assert known_records(state)[-1].card["access"] == rule
+
+
+def test_what_can_not_be_served_is_told_to_those_alone_whom_its_card_names(state, base, adapters, tmp_path):
+    """From its first day on, whatever is wrong with the files beside the card."""
+    source, rule = adapters / "poet", {"policy": "allow-list", "callers": ["alice"]}
+    (source / "openlora.json").write_text(json.dumps({**CARD, "access": rule}))
+    (source / WEIGHTS).rename(source / "adapter_model.bin")
+    assert "a pickle file" in add(state, base, source).reason
+    (record,) = known_records(state)
+    policy = AccessPolicy(make_run(tmp_path))
+    assert policy.allows("alice", record)
+    assert not policy.allows(ANONYMOUS, record)
+
+
+@pytest.mark.parametrize("card", ["{", json.dumps({**CARD, "access": {"policy": "allowlist", "callers": ["alice"]}})])
+def test_while_the_first_card_can_not_be_read_its_name_is_nobodys(state, base, adapters, tmp_path, card):
+    source = adapters / "poet"
+    (source / "openlora.json").write_text(card)
+    assert "openlora.json" in refused(state, base, source)
+    policy = AccessPolicy(make_run(tmp_path))
+    for caller in ("alice", ANONYMOUS):
+        assert not policy.allows(caller, known_records(state)[0])
+    (source / "openlora.json").write_text(json.dumps(CARD))
+    assert add(state, base, source).status == "ready"
+    assert policy.allows(ANONYMOUS, known_records(state)[-1])
+
+
+def test_the_card_of_new_files_that_can_not_be_read_is_in_force(state, base, adapters):
+    source, rule = adapters / "poet", {"policy": "allow-list", "callers": ["alice"]}
+    assert add(state, base, source).status == "ready"
+    (source / "openlora.json").write_text(json.dumps({**CARD, "access": rule}))
+    (source / WEIGHTS).unlink()
     assert add(state, base, source).status == "quarantined"
     assert known_records(state)[-1].card["access"] == rule

@@ -66,6 +66,7 @@ def test_what_only_this_machine_has_is_irreplaceable(tmp_path):
         replace(remote, digest="ee"),
         replace(remote, digest="ee", name="e", source="/models/e"),
         replace(remote, name="pinned", digest="gg"),
+        replace(remote, name="signed", digest="ii", login=True),
         replace(remote, name="removed", digest="hh", source="/models/h"),
     ]
     with Catalog(tmp_path / "catalog.sqlite") as catalog:
@@ -73,7 +74,7 @@ def test_what_only_this_machine_has_is_irreplaceable(tmp_path):
             catalog.put(record)
         catalog.pin("pinned")
         catalog.remove("removed")
-    assert CatalogReader(tmp_path / "catalog.sqlite").irreplaceable() == {"bb", "cc", "dd", "ee", "gg"}
+    assert CatalogReader(tmp_path / "catalog.sqlite").irreplaceable() == {"bb", "cc", "dd", "ee", "gg", "ii"}
 
 
 @pytest.fixture(scope="module")

@@ -294,6 +294,28 @@ def test_a_device_has_copies():
     residency.forget(uses("b"))
 
 
+def test_a_copy_to_a_slot_that_failed_once_is_made_by_the_next_request():
+    store, failing = AdapterStore(), [RuntimeError("out of device memory")]
+
+    def place(adapter: Adapter) -> Adapter:
+        if failing:
+            raise failing.pop()
+        return adapter
+
+    residency = Residency(store.open, slots=2, host_bytes=4 * SIZE, wake=lambda: None, place=place)
+    wanted = uses("a")
+    residency.prefetch(wanted)
+    assert residency.hold(wanted)
+    load(residency)
+    with pytest.raises(RuntimeError, match="out of device memory"):
+        residency.ready(wanted)
+    residency.release(wanted)
+    residency.forget(wanted)
+    visit(residency, "a")
+    stats = residency.stats()
+    assert (stats.failed_loads, stats.placed, store.read["a"]) == (1, 1, 1)
+
+
 class Crowd:
     """Requests in every phase, and what must hold of the residency at any time."""
 

@@ -21,6 +21,12 @@ def canonical_caller(name: str) -> str:
     return to_checksum_address(name) if ADDRESS.fullmatch(name) else name
 
 
+def canonical_adapter(name: str) -> str:
+    """An adapter's name; that of a chain's, `<owner>/<name>`, with its owner as `canonical_caller` writes it."""
+    owner, slash, label = name.partition("/")
+    return f"{canonical_caller(owner)}/{label}" if slash else name
+
+
 def chain_address(text: str) -> str:
     """An Ethereum address in its checksummed form; ValueError: it is none."""
     if not ADDRESS.fullmatch(text):

@@ -7,6 +7,7 @@ process of that run (the three stubs, engine, gateway) reads it from the run dir
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from .access_rule import AccessRule, chain_address
+from .access_rule import AccessRule, canonical_adapter, canonical_caller, chain_address
 from .engine.one_adapter.options import OneAdapterOptions
 from .engine.tensorrt_llm_options import TensorrtLlmOptions
 from .engine.vllm_options import VllmOptions
@@ -107,15 +108,33 @@ class AdapterAccess(UsageLimits):
     access: AccessRule | None = None  # None = what its card says
 
 
+def _names(canonical: Callable[[str], str]) -> AfterValidator:
+    """Of names with an address in them there is one spelling, whichever was written: they are looked up by it."""
+
+    def respelled(given: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in given.items():
+            if canonical(name) in found:
+                raise ValueError(f"{canonical(name)!r} is there twice: an address is the same in any case")
+            found[canonical(name)] = value
+        return found
+
+    return AfterValidator(respelled)
+
+
 class Access(_Section):
     """Who may use what. Keys are given as SHA-256 hex digests, so the file holds no secret."""
 
-    callers: dict[str, Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]] = {}  # caller name -> sha256(api key)
+    # caller name -> sha256(api key)
+    callers: Annotated[dict[str, Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]], _names(canonical_caller)] = {}
     require_key: bool = False  # refuse callers without a known key altogether
-    private: dict[str, tuple[str, ...]] = {}  # adapter name -> callers that may use it: a short form of `adapters`
-    adapters: dict[str, AdapterAccess] = {}  # adapter name -> who may use it (wins over its card), and how much
+    # adapter name -> callers that may use it: a short form of `adapters`
+    private: Annotated[dict[str, tuple[str, ...]], _names(canonical_adapter)] = {}
+    # adapter name -> who may use it (wins over its card), and how much
+    adapters: Annotated[dict[str, AdapterAccess], _names(canonical_adapter)] = {}
     signed_requests: Literal["off", "known", "any"] = "known"  # known: addresses of `openlora keys add` alone
-    caller_limits: dict[str, UsageLimits] = {}  # caller name -> limits; wins over `openlora keys limit`
+    # caller name -> limits; wins over `openlora keys limit`
+    caller_limits: Annotated[dict[str, UsageLimits], _names(canonical_caller)] = {}
     default_limits: UsageLimits = UsageLimits()  # of each caller, `anonymous` included, that has none of its own
 
     @model_validator(mode="after")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from eth_utils import to_checksum_address
-
+from ..access_rule import canonical_adapter
 from ..attribution.card import TASK
 from ..engine.api import WEIGHT_ONE
 from ..errors import InvalidArgument
 from ..strict_json import parse_field
 from .catalog import RESERVED_NAMES
-from .catalog_rows import CHAIN_NAME, NAME, is_adapter_name
+from .catalog_rows import NAME, is_adapter_name
 
 MAX_ADAPTERS = 8
 MAX_WEIGHT = 10
@@ -92,9 +91,7 @@ def _one(name: Any, weight: Any, version: Any) -> AdapterSpec:
         raise InvalidArgument(f"{name!r:.140} is no adapter name ({NAME.pattern})", field=FIELD)
     if name in RESERVED_NAMES:
         raise InvalidArgument(f"{name!r} is the base model: leave adapters out to ask it", field=FIELD)
-    if CHAIN_NAME.fullmatch(name):  # one adapter, however its owner's address is written
-        owner, _, label = name.partition("/")
-        name = f"{to_checksum_address(owner)}/{label}"
+    name = canonical_adapter(name)
     units = _weight(weight, name)
     if version is not None and (isinstance(version, bool) or not isinstance(version, int | str)):
         raise InvalidArgument(f"version of {name!r}: a number or a digest is wanted, got {version!r:.80}", field=FIELD)

@@ -121,7 +121,7 @@ class Catalog:
             if stored == same:
                 return same, "unchanged"
             self._write(stored)
-            bookkeeping = replace(stored, source=same.source, source_state=same.source_state)
+            bookkeeping = replace(stored, source=same.source, source_state=same.source_state, login=same.login)
             return stored, "unchanged" if bookkeeping == same else "updated"
 
     def use(self, name: str, version: int | str) -> AdapterRecord:
@@ -268,7 +268,7 @@ class Catalog:
         """Raises InvalidArgument when the name is a group's."""
         self.check_free(record.name)
         self._connection.execute(
-            "INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+            "INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?)",
             (
                 record.name,
                 record.version,
@@ -283,6 +283,7 @@ class Catalog:
                 record.origin,
                 record.source_state,
                 record.added_at,
+                record.login,
             ),
         )
         if record.status == "ready" and record.card:  # a name stays with a task: the card of its version has the word

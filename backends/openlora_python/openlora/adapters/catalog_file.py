@@ -11,8 +11,9 @@ from .chain_view import SCHEMA as CHAIN_SCHEMA
 
 CATALOG_FILE = "catalog.sqlite"  # below the state directory
 BUSY_SECONDS = 10.0
-# 0: without `names`; the newest version of a name was its current one. 1: without a chain's view.
-FORMAT = 2
+# 0: without `names`; the newest version of a name was its current one. 1: without a chain's view. 2: without `login`.
+FORMAT = 3
+LOGIN_COLUMN = "login INTEGER NOT NULL DEFAULT 0 CHECK (login IN (0, 1))"
 SCHEMA = f"""{CHAIN_SCHEMA}
 CREATE TABLE IF NOT EXISTS base (
     id INTEGER PRIMARY KEY CHECK (id = 1), path TEXT NOT NULL, digest TEXT NOT NULL, max_rank INTEGER NOT NULL
@@ -31,7 +32,7 @@ CREATE TABLE IF NOT EXISTS adapters (
     name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, base TEXT NOT NULL, rank INTEGER NOT NULL,
     target_modules TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('ready', 'quarantined')),
     reason TEXT NOT NULL, card TEXT, source TEXT NOT NULL, origin TEXT NOT NULL, source_state TEXT NOT NULL,
-    added_at INTEGER NOT NULL, removed_at INTEGER,
+    added_at INTEGER NOT NULL, removed_at INTEGER, {LOGIN_COLUMN},
     PRIMARY KEY (name, version)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS adapters_by_digest ON adapters (name, digest);
@@ -88,4 +89,6 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
                 "INSERT INTO names (name, current) "
                 "SELECT name, max(version) FROM adapters WHERE removed_at IS NULL GROUP BY name"
             )
+        if "login" not in {column for _, column, *_ in connection.execute("PRAGMA table_info(adapters)")}:
+            connection.execute(f"ALTER TABLE adapters ADD COLUMN {LOGIN_COLUMN}")
         connection.execute(f"PRAGMA user_version = {FORMAT}")

@@ -75,7 +75,8 @@ class CatalogReader:
         return self.page().records
 
     def irreplaceable(self) -> set[str]:
-        """Digests that a version needs and no remote source could bring again (local ones, merges), and pinned ones.
+        """Digests that a version needs and no remote source could bring again (local ones, merges, URIs
+        with a login), and pinned ones.
 
         Quarantined ones too: another base model may make them ready.
         """

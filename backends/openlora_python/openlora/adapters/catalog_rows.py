@@ -29,7 +29,8 @@ FROM = (
 COLUMNS = (
     "a.name, a.version, a.digest, a.rank, a.status, a.reason, "
     f"CASE a.origin WHEN '{CHAIN_ORIGIN}' THEN t.card ELSE a.card END, a.target_modules, a.base, a.source, a.origin, "
-    "a.added_at, a.source_state, a.version = n.current AND n.pinned, a.version = n.current, b.digest, b.max_rank"
+    "a.added_at, a.source_state, a.login, a.version = n.current AND n.pinned, a.version = n.current, "
+    "b.digest, b.max_rank"
 )
 IN_FORCE = f"(a.origin <> '{CHAIN_ORIGIN}' OR t.card IS NOT NULL)"  # what left the chain's view answers no more
 IS_READY = "(a.status = 'ready' AND (b.id IS NULL OR (a.base = b.digest AND a.rank <= b.max_rank)))"  # as `checked`
@@ -54,6 +55,7 @@ class AdapterRecord:
     origin: str = ""  # the --adapters directory it belongs to, or CHAIN_ORIGIN; empty = added by hand
     added_at: int = 0  # seconds since 1970
     source_state: str = ""  # sizes, times and inodes of the source, when they prove that it hasn't changed
+    login: bool = False  # its URI had a login, which isn't stored: nobody can fetch it again
     # What its name says of it today; two records of the same version are equal whatever that is.
     pinned: bool = field(default=False, compare=False)  # the current version of a pinned name
     current: bool = field(default=False, compare=False)  # answers for the bare name
@@ -139,7 +141,7 @@ def select_irreplaceable(connection: sqlite3.Connection) -> set[str]:
     """See `CatalogReader.irreplaceable`. Not by way of records: a request may wait for this."""
     rows = connection.execute(
         f"SELECT DISTINCT a.digest {FROM} WHERE a.removed_at IS NULL "
-        "AND (NOT instr(a.source, '://') OR (n.pinned AND a.version = n.current))"
+        "AND (NOT instr(a.source, '://') OR a.login OR (n.pinned AND a.version = n.current))"
     )
     return {digest for (digest,) in rows}
 
@@ -192,12 +194,12 @@ def _number(connection: sqlite3.Connection, name: str, version: str) -> int | No
 
 def _stored(row: tuple[Any, ...]) -> AdapterRecord:
     card = None if row[6] is None else json.loads(row[6])
-    return AdapterRecord(*row[:6], card, tuple(row[7].split()), *row[8:13], bool(row[13]), bool(row[14]))
+    return AdapterRecord(*row[:6], card, tuple(row[7].split()), *row[8:13], *map(bool, row[13:16]))
 
 
 def _checked(row: tuple[Any, ...]) -> AdapterRecord:
     """As stored, except that what was checked against another base or a higher rank limit is quarantined."""
-    record, base, max_rank = _stored(row), row[15], row[16]
+    record, base, max_rank = _stored(row), row[16], row[17]
     if record.status != "ready" or base is None:
         return record
     if record.base != base:

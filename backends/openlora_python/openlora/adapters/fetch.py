@@ -20,13 +20,22 @@ from typing import TypeVar
 
 from ..errors import AdapterInvalid, Unavailable
 from .manifest import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from .sources import RemoteFile, Source, SourceChanged, SourceFault, SourceLimits, SourceUri, Transient, open_source
+from .sources import (
+    MIN_BYTES_PER_SECOND,
+    RemoteFile,
+    Source,
+    SourceChanged,
+    SourceFault,
+    SourceLimits,
+    SourceUri,
+    Transient,
+    open_source,
+)
 
 FETCHING_DIRECTORY = ".fetching"  # below the cache
 DESCRIPTION_FILE = "described.json"  # what the source said of the files that are here in part
 REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
 FILES = (CONFIG_FILE, CARD_FILE, WEIGHTS_FILE)  # the small ones first
-MIN_BYTES_PER_SECOND = 1024  # on average over a stall's time
 STEPS = 100  # an attempt counts as one that failed unless it brought a step of the file
 
 Result = TypeVar("Result")

@@ -4,13 +4,15 @@ and can't be told which version of a file it should go on with.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 
@@ -24,9 +26,15 @@ DENIED = (401, 403, 407)
 TRY_AGAIN = (408, 425, 429)
 NO_HEAD = (400, 403, 405, 501)  # what servers that only know GET, and URLs signed for GET, answer to HEAD
 
+Result = TypeVar("Result")
+
 
 class HttpSource:
-    """A `Source` over HTTP(S). Credentials of the URI go to its own scheme, host and port, and nowhere else."""
+    """A `Source` over HTTP(S). Credentials of the URI go to its own scheme, host and port, and nowhere else.
+
+    On an event loop of its own: httpx's time-outs are those of one read, which may bring a single byte. What is awaited
+    here ends in time as a whole, however much of a header, or of a chunk's, has come.
+    """
 
     def __init__(self, uri: SourceUri, limits: SourceLimits) -> None:
         self._uri = uri
@@ -37,7 +45,9 @@ class HttpSource:
             self._login = httpx.BasicAuth(url.username, url.password)
         self._parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
         self._origin = _origin(_url(self._parts.geturl()))
-        self._client = httpx.Client(
+        self._patience, self._stall_seconds = limits.connect_seconds + limits.stall_seconds, limits.stall_seconds
+        self._loop = asyncio.new_event_loop()
+        self._client = httpx.AsyncClient(
             auth=None if self._login else _netrc(),
             verify=trusted_certificates(),
             headers={"Accept-Encoding": "identity", "User-Agent": "openlora"},
@@ -45,7 +55,9 @@ class HttpSource:
         )
 
     def close(self) -> None:
-        self._client.close()
+        self._loop.run_until_complete(self._client.aclose())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
 
     def describe(self, name: str) -> RemoteFile | None:
         with self._answer("HEAD", name, {}) as response:
@@ -59,7 +71,7 @@ class HttpSource:
         headers = {"Range": f"bytes={start}-", "If-Range": file.tag} if start else {}
         with self._answer("GET", name, headers) as response:
             found = self._described(name, response)
-            if found is None or found.tag != file.tag:
+            if found is None or (found.tag, found.hint) != (file.tag, file.hint):
                 raise SourceChanged(f"{self._place(name)} changed while it was downloaded")
             if response.status_code == 206:
                 self._check_range(name, response, start, file)
@@ -70,8 +82,10 @@ class HttpSource:
             yield start, self._pieces(name, response)
 
     def _pieces(self, name: str, response: httpx.Response) -> Iterator[bytes]:
+        pieces = response.aiter_raw()
         with self._translated(name):
-            yield from response.iter_raw()
+            while piece := self._within(self._stall_seconds, _next(pieces)):
+                yield piece
 
     def _described(self, name: str, response: httpx.Response) -> RemoteFile | None:
         status, place = response.status_code, self._place(name)
@@ -92,7 +106,9 @@ class HttpSource:
             raise AdapterInvalid(f"{place} is sent as {encoding:.20}, plain bytes were asked for")
         length, tag = headers.get("content-length", ""), headers.get("etag", "")
         size = int(length) if re.fullmatch(r"\d{1,18}", length) else None
-        return RemoteFile(size, tag if tag.startswith('"') else "")  # W/"…" promises similar bytes, not the same
+        if tag.startswith('"'):
+            return RemoteFile(size, tag)
+        return RemoteFile(size, "", f"{tag} {headers.get('last-modified', '')}")  # W/"…" promises similar bytes only
 
     def _check_range(self, name: str, response: httpx.Response, start: int, file: RemoteFile) -> None:
         sent = CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
@@ -106,16 +122,15 @@ class HttpSource:
         for _ in range(MAX_REDIRECTS + 1):
             own = self._login if self._login and _origin(url) == self._origin else httpx.USE_CLIENT_DEFAULT
             with self._translated(name):
-                response = self._client.send(
-                    self._client.build_request(method, url, headers=headers), auth=own, stream=True
-                )
+                request = self._client.build_request(method, url, headers=headers)
+                response = self._within(self._patience, self._client.send(request, auth=own, stream=True))
             try:
                 if not response.has_redirect_location:
                     yield response
                     return
                 url = self._redirected(name, url, response.headers["location"])
             finally:
-                response.close()
+                self._loop.run_until_complete(response.aclose())
         raise AdapterInvalid(f"{self._place(name)}: more than {MAX_REDIRECTS} redirects")
 
     def _redirected(self, name: str, url: httpx.URL, location: str) -> httpx.URL:
@@ -133,13 +148,22 @@ class HttpSource:
     def _translated(self, name: str) -> Iterator[None]:
         try:
             yield
-        except httpx.TimeoutException as error:
-            raise Transient(f"{self._place(name)}: no answer for too long ({type(error).__name__})") from error
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise Transient(f"{self._place(name)}: no answer for too long") from error
         except (httpx.TransportError, httpx.StreamError) as error:
-            raise Transient(f"{self._place(name)}: {error or type(error).__name__}") from error
+            raise Transient(f"{self._place(name)}: {_cause(error)}") from error
+
+    def _within(self, seconds: float, answer: Coroutine[None, None, Result]) -> Result:
+        """Raises TimeoutError when it takes longer; what was waited for is given up then."""
+        return self._loop.run_until_complete(asyncio.wait_for(answer, seconds))
 
     def _place(self, name: str) -> str:
         return f"{self._uri.public}/{name}"
+
+
+async def _next(pieces: AsyncIterator[bytes]) -> bytes:
+    """Empty when there are no more."""
+    return await anext(pieces, b"")
 
 
 def _url(text: str) -> httpx.URL:
@@ -151,6 +175,18 @@ def _url(text: str) -> httpx.URL:
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
+
+
+def _cause(error: BaseException) -> str:
+    """What the operating system or TLS said, if that is below it."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, BaseExceptionGroup):  # of a host with several addresses
+            below = below.exceptions[0]
+        if isinstance(below, OSError):
+            error = below
+        below = below.__cause__ or below.__context__
+    return str(error) or type(error).__name__
 
 
 def _retry_after(response: httpx.Response) -> float:

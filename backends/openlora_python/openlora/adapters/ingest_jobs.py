@@ -41,7 +41,7 @@ def _check_lazy(uri: SourceUri, digest: str) -> None:
         raise InvalidArgument(
             "a digest is wanted, too (--digest): it is what makes bytes that come later trustworthy", field="lazy"
         )
-    if uri.parts.geturl() != uri.public:
+    if uri.has_login:
         raise InvalidArgument(
             "this URI has a user name, a password or a query, which are never stored, so its bytes could not be had "
             "later: give the login in ~/.netrc or the environment",

@@ -29,7 +29,7 @@ from .chain_view import CHAIN_ORIGIN
 from .checking_limits import cpu_limit, memory_limit
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .printable import printable
-from .sources import SourceLimits, is_uri
+from .sources import SourceLimits, is_uri, parse_uri
 from .store import AdapterStore, Incoming, SourceDirectory, copy_adapter, settled_state
 from .weights import MAX_HEADER_BYTES, AdapterFacts, validate_adapter, validate_config
 
@@ -40,6 +40,7 @@ CPU_SECONDS = 2.0  # to validate one adapter, and more for a large one: patterns
 CPU_SECONDS_PER_BYTE = 1 / (50 << 20)
 MEMORY_BYTES = 512 << 20  # likewise; the header of a weights file may take a quarter of it
 MEMORY_PER_BYTE = 3  # the file, its tensors, and one tensor's numbers being looked at
+NOBODY = {"access": {"policy": "allow-list"}}  # the card of what has one that can't be read
 
 
 class IngestJob(msgspec.Struct, frozen=True):
@@ -107,11 +108,13 @@ Report = Callable[[Event | Fatal], None]
 
 @dataclass(frozen=True)
 class Fetched:
-    """The files of one adapter: where they come from, as the catalog may say it; where they are; the source's state."""
+    """The files of one adapter: where they come from, as the catalog may say it; where they are; the source's state;
+    whether its URI had a login."""
 
     source: str
     directory: Path
     state: str = ""
+    login: bool = False
 
 
 class Ingester:
@@ -144,12 +147,21 @@ class Ingester:
         except InvalidArgument as error:  # a group's
             return IngestResult(job.name, "failed", reason=error.message)
         origin = fetched or Fetched(job.source, Path(job.source))
-        found = AdapterRecord(
-            job.name, 0, "", 0, "ready", "", None, base=self._base.digest, source=origin.source, origin=job.origin
-        )
         known = self._catalog.current(job.name, job.origin)
-        if known is not None:
-            found = replace(found, card=known.card)  # its access policy stands until another card was read
+        card = NOBODY if known is None else known.card  # whose access policy stands until another card was read
+        found = AdapterRecord(
+            job.name,
+            0,
+            "",
+            0,
+            "ready",
+            "",
+            card,
+            base=self._base.digest,
+            source=origin.source,
+            origin=job.origin,
+            login=origin.login,
+        )
         try:
             with SourceDirectory(origin.directory) as source:
                 state = source.state()
@@ -157,14 +169,17 @@ class Ingester:
                 if known is not None and self.is_current(known, found.source_state, job.digest):
                     return result_of(known, "unchanged")
                 card, made_for = (None, None) if job.restores else _terms(source, job.origin)
+                fault = _fault_of(card)
+                if fault is None:
+                    found = replace(found, card=card)
                 with self._store.incoming() as incoming:
                     self._copy(job.name, source, state, incoming)
                     found = replace(found, digest=incoming.manifest().digest)
                     if job.digest not in ("", found.digest):
                         reason = f"its digest is {found.digest}, {job.digest} was asked for"
                         return IngestResult(job.name, "quarantined", digest=found.digest, reason=reason)
-                    _check_card(card)
-                    found = replace(found, card=card)
+                    if fault is not None:
+                        raise fault
                     facts = self._validated(found.name, incoming.directory, made_for)
                     self._make_room(found.digest, incoming.size)
                     self._store.admit(incoming)
@@ -191,7 +206,8 @@ class Ingester:
         try:
             with SourceDirectory(fetched.directory) as source:
                 card, made_for = _terms(source, job.origin)
-            _check_card(card)
+            if fault := _fault_of(card):
+                raise fault
             modules = self._modules
             with _checking(0):
                 facts = validate_config(
@@ -219,7 +235,8 @@ class Ingester:
         """What a remote source held before and still holds, under the name that is asked for now."""
         if job.restores:
             return IngestResult(job.name, "ready", job.restores, record.digest, record.rank)
-        return result_of(*self._catalog.put(replace(record, name=job.name, origin=job.origin)))
+        login = parse_uri(job.source).has_login
+        return result_of(*self._catalog.put(replace(record, name=job.name, origin=job.origin, login=login)))
 
     def is_current(self, known: AdapterRecord, source_state: str, digest: str) -> bool:
         """Whether it would be brought in again in vain; `digest` is the only one that is wanted, if given."""
@@ -288,13 +305,14 @@ def _terms(source: SourceDirectory, origin: str) -> tuple[dict[str, Any] | None,
     return None if origin == CHAIN_ORIGIN else card or None, made_for
 
 
-def _check_card(card: dict[str, Any] | None) -> None:
-    if not card:
-        return
+def _fault_of(card: dict[str, Any] | None) -> AdapterInvalid | None:
+    """What is wrong with it; None: nothing."""
     try:
-        parse_card(card)
+        if card:
+            parse_card(card)
     except InvalidArgument as error:
-        raise AdapterInvalid(f"openlora.json: {error.field}: {error.message}") from error
+        return AdapterInvalid(f"openlora.json: {error.field}: {error.message}")
+    return None
 
 
 def is_unchanged(known: AdapterRecord, source_state: str, base: BaseFacts, store: AdapterStore) -> bool:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import fsspec
+from fsspec.exceptions import FSTimeoutError
 
 from ..errors import Unavailable
-from .sources import RemoteFile, SourceChanged, SourceLimits, SourceUri, Transient
+from .sources import MIN_BYTES_PER_SECOND, RemoteFile, SourceChanged, SourceLimits, SourceUri, Transient
 
-BLOCK_BYTES = 4 << 20  # one request, and what is held in memory
+BLOCK_BYTES = 4 << 20  # at most in one request, and what is held in memory
+GROWTH = 4  # of a block that follows on one …
+QUICK = 1 / 8  # … which took so much of the time that it had
 TAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # s3fs, gcsfs, huggingface_hub: the first one there
 MISSING = (404, 410)
 DENIED = range(400, 500)
@@ -23,6 +29,7 @@ class ObjectSource:
 
     def __init__(self, uri: SourceUri, limits: SourceLimits) -> None:
         self._uri = uri
+        self._limits = limits
         self._root = f"{uri.parts.netloc}{uri.parts.path}"
         self._files = fsspec.filesystem(
             uri.scheme, skip_instance_cache=True, use_listings_cache=False, **_options(uri.scheme, limits)
@@ -35,7 +42,7 @@ class ObjectSource:
         try:
             with self._translated(name):
                 self._files.invalidate_cache()  # huggingface_hub's driver keeps listings, whatever it is told
-                facts = self._files.info(f"{self._root}/{name}")
+                facts = self._called(self._files.info, f"{self._root}/{name}")
         except FileNotFoundError:
             return None
         if facts["type"] != "file":
@@ -50,17 +57,30 @@ class ObjectSource:
     def _blocks(self, name: str, start: int, file: RemoteFile) -> Iterator[bytes]:
         if file.size is None:
             raise Unavailable(f"{self._uri.public}/{name}: the store doesn't say how long it is")
+        # A block has the time in which nothing at all may come, so the first one is what may come least in it.
+        size = max(int(self._limits.stall_seconds * MIN_BYTES_PER_SECOND), 1)
         while start < file.size:
-            end = min(start + BLOCK_BYTES, file.size)
+            end, begun = min(start + min(size, BLOCK_BYTES), file.size), time.monotonic()
             try:
                 with self._translated(name):
-                    block = self._files.cat_file(f"{self._root}/{name}", start=start, end=end)
+                    block = self._called(self._files.cat_file, f"{self._root}/{name}", start=start, end=end)
             except FileNotFoundError:
                 raise SourceChanged(f"{self._uri.public}/{name} was removed while it was downloaded") from None
             if len(block) != end - start:
                 raise SourceChanged(f"{self._uri.public}/{name}: {end - start} bytes asked for, got {len(block)}")
+            if time.monotonic() - begun < QUICK * self._limits.stall_seconds:
+                size *= GROWTH
             start = end
             yield block
+
+    def _called(self, method: Callable[..., Any], path: str, **more: Any) -> Any:
+        """What a method of the driver returns. TimeoutError: not in time, whatever has come of it."""
+        seconds = self._limits.connect_seconds + self._limits.stall_seconds
+        if self._files.async_impl:
+            return method(path, timeout=seconds, **more)
+        if method == self._files.cat_file:
+            more["cache_type"] = "none"  # or it reads ahead, and throws away what it read
+        return _within(seconds, lambda: method(path, **more))
 
     @contextmanager
     def _translated(self, name: str) -> Iterator[None]:
@@ -71,6 +91,8 @@ class ObjectSource:
             raise
         except Exception as error:
             place = f"{self._uri.public}/{name}"
+            if isinstance(error, TimeoutError | FSTimeoutError):
+                raise Transient(f"{place}: no answer for too long") from error
             said = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
             status = _status(error)
             if status in MISSING:
@@ -86,6 +108,20 @@ def _options(scheme: str, limits: SourceLimits) -> dict[str, Any]:
         return {}
     patience = {"connect_timeout": limits.connect_seconds, "read_timeout": limits.stall_seconds}
     return {"config_kwargs": {**patience, "retries": {"total_max_attempts": 1}}}
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns. One that takes longer is left alone, in a thread that holds up no process's end."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return outcome.result(seconds)
 
 
 def _status(error: Exception) -> int | None:

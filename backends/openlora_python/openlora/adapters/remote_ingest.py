@@ -91,7 +91,7 @@ class RemoteIngest:
             raise
         if isinstance(found, AdapterRecord):
             return Arrived(part, found)
-        return Arrived(part, Fetched(uri.public, part.directory, found))
+        return Arrived(part, Fetched(uri.public, part.directory, found, uri.has_login))
 
     def bring_in(self, job: IngestJob, done: Future[Arrived]) -> IngestResult:
         """What `download` brought, or raised, to its end."""

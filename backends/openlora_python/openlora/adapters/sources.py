@@ -23,6 +23,7 @@ HTTP_SCHEMES = ("http", "https")
 DRIVERS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "hf": ("huggingface_hub", "hf")}  # module, extra of ours
 MAX_URI_LENGTH = 2048
 HIDDEN = "…"
+MIN_BYTES_PER_SECOND = 1024  # on average over a stall's time
 
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -66,10 +67,14 @@ class SourceChanged(SourceFault):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What a source says of one file. The same non-empty `tag` = the same bytes."""
+    """What a source says of one file. The same non-empty `tag` = the same bytes.
+
+    Another `hint`, of what has no tag, = other bytes; the same one proves nothing, so no download goes on by it.
+    """
 
     size: int | None
     tag: str
+    hint: str = ""
 
 
 class Source(Protocol):
@@ -104,6 +109,11 @@ class SourceUri:
     def public(self) -> str:
         host = self.parts.netloc.rpartition("@")[2] if self.scheme in HTTP_SCHEMES else self.parts.netloc
         return f"{self.scheme}://{host}{self.parts.path}"
+
+    @property
+    def has_login(self) -> bool:
+        """Whether it has a part that is never stored: without it, its files can't be had again."""
+        return self.parts.geturl() != self.public
 
     @property
     def name(self) -> str:

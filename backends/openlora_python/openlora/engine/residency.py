@@ -359,7 +359,7 @@ class Residency:
             self._vacate(entry)
             if entry.expecting:
                 self._load_ahead(entry)
-            entry.error = None
+        entry.error = None
         self._settle(entry)
         self._drop_if_unwanted(entry)
 

@@ -47,7 +47,6 @@ class AccessPolicy:
         self._log_key_path = run.log_key_path
         self._log_id: bytes | None = None
         self._digests = {name: digest.lower() for name, digest in access.callers.items()}
-        self._own_limits = {canonical_caller(name): limits for name, limits in access.caller_limits.items()}
         self._holdings_max_age = run.settings.network.max_view_age_seconds
         self._operators_checks = {
             name: check_of(rule, view, self._holdings_max_age) for name, rule in _operators_rules(access).items()
@@ -98,7 +97,7 @@ class AccessPolicy:
         Raises:
             Unavailable: it can't be told.
         """
-        sources = (self._own_limits.get(caller), self._callers.limits(caller), self._access.default_limits)
+        sources = (self._access.caller_limits.get(caller), self._callers.limits(caller), self._access.default_limits)
         set_here = [source for source in sources if source is not None]
         return UsageLimits(
             requests_per_minute=_first(source.requests_per_minute for source in set_here),
