@@ -7,7 +7,9 @@ import stat
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from openlora.cli import app
 from openlora.config import RUN_DIR_VARIABLE, BaseModelFacts, RunConfig, load_settings
 from openlora.errors import InvalidArgument
 
@@ -106,6 +108,23 @@ def test_bad_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENLORA_ACCESS", "{}")
     monkeypatch.setenv("OPENLORA_HTTP_PORT", "many")
     assert refusal(model="m").startswith("http_port: Input should be a valid integer")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("network", "sync"), "can't read the deployment file /nowhere/d.json"),
+        (("receipts", "cosign"), "'nobody' is not"),
+    ],
+)
+def test_a_command_takes_its_section_of_the_servers_file(yaml_file, tmp_path: Path, command, message: str) -> None:
+    """Whose model came by flag."""
+    sections = "network: {deployment: /nowhere/d.json}\nattribution: {witnesses: [nobody]}\nhttp_port: 81\n"
+    done = CliRunner().invoke(app, [*command, "--config", str(yaml_file(sections)), "--state-dir", str(tmp_path)])
+    assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
+    misspelt = yaml_file("network: {deploiment: d}\nattribution: {witneses: []}")
+    done = CliRunner().invoke(app, [*command, "--config", str(misspelt), "--state-dir", str(tmp_path)])
+    assert (done.exit_code, "Extra inputs are not permitted" in done.stderr) == (2, True), done.stderr
 
 
 def make_run(root: Path) -> RunConfig:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..command_errors import reported
-from ..config import load_settings
+from ..config import AttributionSettings, load_section
 from ..errors import InvalidArgument, Unavailable
 from .checkpoint import verify_checkpoint
 from .log import ReceiptLog
@@ -68,7 +68,7 @@ def cosign(
 ) -> None:
     """Ask witnesses to cosign the newest checkpoint. Beside a server: it never waits for witnesses."""
     with reported(), ExitStack() as stack:
-        lines = [*(witness or []), *(load_settings(config).attribution.witnesses if config is not None else ())]
+        lines = [*(witness or []), *load_section(AttributionSettings, config).witnesses]
         if not lines:
             raise InvalidArgument("name witnesses with --witness or --config", field="witness")
         clients = [stack.enter_context(closing(WitnessClient(WitnessAddress.parse(line)))) for line in lines]

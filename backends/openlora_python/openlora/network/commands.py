@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..command_errors import reported
-from ..config import NetworkSettings, load_settings
+from ..config import NetworkSettings, load_section
 from ..errors import InvalidArgument, OpenLoRAError
 from .arguments import DEVNET_DEPLOYMENT, AsJson, DeploymentFile, Key, StateDir, parse_address, parse_whole
 from .owner_commands import publish_parameters, publish_terms, register_log, register_model, revoke, set_access
@@ -183,8 +183,7 @@ def _told(synced: Synced, as_json: bool) -> None:
 
 
 def _network_settings(config: Path | None, deployment: Path | None, allow: list[str]) -> NetworkSettings:
-    # The section alone is wanted; a model is named only because settings without one are none.
-    network = load_settings(config, model=None if config else Path()).network
+    network = load_section(NetworkSettings, config)
     owners = (*network.allowed_owners, *(parse_address(one, "allow") for one in allow))
     file = deployment or network.deployment
     if file is None:
