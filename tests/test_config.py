@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from openlora.adapters.merge_plan import MergeLimits
+from openlora.adapters.sources import SourceLimits
 from openlora.cli import app
-from openlora.config import RUN_DIR_VARIABLE, BaseModelFacts, RunConfig, load_settings
+from openlora.config import RUN_DIR_VARIABLE, BaseModelFacts, RunConfig, load_section, load_settings
 from openlora.errors import InvalidArgument
 
 
@@ -108,6 +110,20 @@ def test_bad_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENLORA_ACCESS", "{}")
     monkeypatch.setenv("OPENLORA_HTTP_PORT", "many")
     assert refusal(model="m").startswith("http_port: Input should be a valid integer")
+
+
+def test_limits_of_sources_and_merges_are_settings_like_others(yaml_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = yaml_file("model: m\nsources: {cache_bytes: 5, attempts: 2}\nmerge: {max_adapters: 3}\n")
+    monkeypatch.setenv("OPENLORA_SOURCES__ATTEMPTS", "7")
+    settings = load_settings(file)
+    assert settings.sources == load_section(SourceLimits, file) == SourceLimits(cache_bytes=5, attempts=7)
+    assert settings.merge == load_section(MergeLimits, file) == MergeLimits(max_adapters=3)
+    assert load_section(SourceLimits) == SourceLimits(attempts=7)
+    monkeypatch.setenv("OPENLORA_SOURCES__ATTEMPTS", "0")
+    assert refusal(file) == "sources.attempts: Input should be greater than or equal to 1, got '0'"
+    monkeypatch.delenv("OPENLORA_SOURCES__ATTEMPTS")
+    misspelt = yaml_file("model: m\nmerge: {max_adaptors: 3}")
+    assert refusal(misspelt) == "merge.max_adaptors: Unexpected keyword argument, got 3"
 
 
 @pytest.mark.parametrize(

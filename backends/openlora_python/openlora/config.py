@@ -21,6 +21,8 @@ from pydantic_settings import (
 )
 
 from .access_rule import AccessRule, chain_address
+from .adapters.merge_plan import MergeLimits
+from .adapters.sources import SourceLimits
 from .engine.one_adapter.options import OneAdapterOptions
 from .engine.tensorrt_llm_options import TensorrtLlmOptions
 from .engine.vllm_options import VllmOptions
@@ -187,6 +189,8 @@ class Settings(_FromFileAndEnvironment):
     attribution: AttributionSettings = AttributionSettings()
     metrics: MetricsSettings = MetricsSettings()
     network: NetworkSettings = NetworkSettings()
+    sources: SourceLimits = SourceLimits()
+    merge: MergeLimits = MergeLimits()
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..command_errors import reported
-from ..config import EngineSettings
+from ..config import EngineSettings, load_section
 from ..errors import AdapterNotFound, InvalidArgument
 from .adapter_spec import AdapterSpec, parse_adapters
 from .catalog import Catalog, check_name
@@ -32,14 +32,16 @@ from .lora_config import parse_object
 from .manifest import model_manifest
 from .merge import SOURCE_PREFIX, ModuleMerged, merge_record
 from .merge import merge as merge_adapters
-from .merge_plan import METHODS
+from .merge_plan import METHODS, MergeLimits
 from .printable import printable
+from .sources import SourceLimits
 from .store import MAX_CARD_BYTES
 
 HASH_CACHE_FILE = "digests.json"  # below the state directory
 PAGE_NAMES = 100  # of `list` on a terminal
 METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the server keeps its state.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="The server's YAML file, for its limits.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
 
 adapters_app = typer.Typer(help="The adapters that this node knows.", no_args_is_help=True)
@@ -63,6 +65,7 @@ def add(
         ),
     ] = False,
     model: Annotated[Path | None, typer.Option(help="Base model; default: the one served from this state.")] = None,
+    config: ConfigFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +76,7 @@ def add(
     with reported():
         job = job_of(source, name, digest, lazy)
         with _progress_bar() as follow:
-            (result,) = ingest(state_dir, _base(state_dir, model), [job], follow)
+            (result,) = ingest(state_dir, _base(state_dir, model), [job], follow, load_section(SourceLimits, config))
         if as_json:
             typer.echo(msgspec.json.encode(result))
         check_result(result)
@@ -84,13 +87,16 @@ def add(
 @adapters_app.command()
 def fetch(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME …]", help="Default: all that are gone.")] = None,
+    config: ConfigFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
     """Bring files that are not in the cache (lazy, or evicted) from where they come from, before a request has to."""
     with reported():
         with _progress_bar() as follow:
-            results = fetch_evicted(state_dir, _base(state_dir, None), names or [], follow)
+            results = fetch_evicted(
+                state_dir, _base(state_dir, None), names or [], follow, load_section(SourceLimits, config)
+            )
         if as_json:
             typer.echo(msgspec.json.encode(results))
         for result in results:
@@ -212,6 +218,7 @@ def merge(
     card: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Terms of the new adapter, like openlora.json.")
     ] = None,
+    config: ConfigFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
@@ -230,6 +237,7 @@ def merge(
                 seed=seed,
                 rank=rank,
                 card=terms,
+                limits=load_section(MergeLimits, config),
                 progress=follow,
             )
         if as_json:

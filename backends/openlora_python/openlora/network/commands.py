@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..adapters.sources import SourceLimits
 from ..command_errors import reported
 from ..config import NetworkSettings, load_section
 from ..errors import InvalidArgument, OpenLoRAError
@@ -138,7 +139,7 @@ def sync_catalog(
         chain = Deployment.load(settings.deployment)
         console = Console(stderr=True)
         with only_sync(state_dir):
-            sync = CatalogSync(state_dir, settings, chain, chain.connect())
+            sync = CatalogSync(state_dir, settings, chain, chain.connect(), load_section(SourceLimits, config))
             try:
                 with console.status("reading the chain") as status:
                     _told(sync.once(status.update), as_json)
