@@ -15,7 +15,7 @@ from ..adapters.sources import SourceLimits
 from ..command_errors import reported
 from ..config import NetworkSettings, load_section
 from ..errors import InvalidArgument, OpenLoRAError
-from .arguments import DEVNET_DEPLOYMENT, AsJson, DeploymentFile, Key, StateDir, parse_address, parse_whole
+from .arguments import AsJson, DeploymentFile, Key, StateDir, deployment_file, parse_address, parse_whole
 from .owner_commands import publish_parameters, publish_terms, register_log, register_model, revoke, set_access
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ for _command in (register_model, publish_terms, set_access, revoke, register_log
 
 
 @network_app.command("status")
-def status(
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT, state_dir: StateDir = Path("var"), as_json: AsJson = False
-) -> None:
+def status(deployment: DeploymentFile = None, state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
     """The chain, its parameters, and the view that the server of a state directory goes by."""
     from ..adapters.catalog_file import CATALOG_FILE
     from ..adapters.catalog_reader import CatalogReader
@@ -91,7 +89,7 @@ def status(
     from .registry_state import registry_view
 
     with reported():
-        chain = Deployment.load(deployment)
+        chain = Deployment.load(deployment_file(deployment))
         web3 = chain.connect()
         facts = read_facts(web3, chain)
         registry = registry_view(facts.events, facts.headers[facts.head])
@@ -125,7 +123,7 @@ def status(
 def sync_catalog(
     config: Annotated[Path | None, typer.Option(help="The server's YAML file, for its `network` section.")] = None,
     allow: Annotated[list[str], typer.Option("--allow", help="An owner to follow, beside the settings'.")] = [],  # noqa: B006
-    deployment: Annotated[Path | None, typer.Option("--deployment", help="Default: the settings'.")] = None,
+    deployment: DeploymentFile = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until stopped.")] = False,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
@@ -186,7 +184,5 @@ def _told(synced: Synced, as_json: bool) -> None:
 def _network_settings(config: Path | None, deployment: Path | None, allow: list[str]) -> NetworkSettings:
     network = load_section(NetworkSettings, config)
     owners = (*network.allowed_owners, *(parse_address(one, "allow") for one in allow))
-    file = deployment or network.deployment
-    if file is None:
-        raise InvalidArgument("no deployment file: give --deployment, or --config with network.deployment")
+    file = deployment_file(deployment or network.deployment)
     return network.model_copy(update={"deployment": file, "allowed_owners": owners})

@@ -11,7 +11,7 @@ import typer
 
 from ..command_errors import reported
 from ..errors import InvalidArgument
-from .arguments import DEVNET_DEPLOYMENT, AsJson, DeploymentFile, Key, StateDir, parse_address, parse_hash
+from .arguments import AsJson, DeploymentFile, Key, StateDir, deployment_file, parse_address, parse_hash
 
 if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
@@ -33,7 +33,7 @@ def register_model(
     name: Annotated[str | None, typer.Option(help="Its name there; default: that of here.")] = None,
     base: Annotated[str | None, typer.Option(help="Digest of an adapter's base; default: what is known of it.")] = None,
     card: CardFile = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
@@ -69,7 +69,7 @@ def publish_terms(
     model: ModelArgument,
     key: Key,
     card: CardFile = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
@@ -97,7 +97,7 @@ def set_access(
     digest: Digest,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON of an access rule, as in a card.")],
     key: Key,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Say who may use a model of yours; effective at once."""
@@ -110,7 +110,7 @@ def set_access(
             chain.tell(as_json, f"access of {digest[:16]}…: {document}", digest=digest, access=document)
 
 
-def revoke(digest: Digest, key: Key, deployment: DeploymentFile = DEVNET_DEPLOYMENT, as_json: AsJson = False) -> None:
+def revoke(digest: Digest, key: Key, deployment: DeploymentFile = None, as_json: AsJson = False) -> None:
     """Revoke a model of yours, for good."""
     with reported(), _Sending(deployment, key) as chain:
         chain.send(chain.contracts.registry.revoke(parse_hash(digest, "DIGEST")))
@@ -121,7 +121,7 @@ def register_log(
     key: Key,
     submitter: Annotated[str | None, typer.Option(help="Who may anchor; default: the key's account.")] = None,
     payee: Annotated[str | None, typer.Option(help="Who earns the node's part, for good; default: likewise.")] = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
@@ -151,7 +151,7 @@ def register_log(
 def publish_parameters(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON of the parameters; see docs/settlement.md.")],
     key: Key,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish the next version of the network's parameters; in force after the notice."""
@@ -168,7 +168,7 @@ def publish_parameters(
 class _Sending:
     """A checked chain and the account of a key file, for one command."""
 
-    def __init__(self, deployment: Path, key: Path) -> None:
+    def __init__(self, deployment: Path | None, key: Path) -> None:
         self._files = (deployment, key)
         self.transactions: list[str] = []
 
@@ -178,7 +178,7 @@ class _Sending:
         from .signer import load_signer
 
         file, key = self._files
-        self.deployment: Deployment = Deployment.load(file)
+        self.deployment: Deployment = Deployment.load(deployment_file(file))
         self.account: LocalAccount = load_signer(key, self.deployment.chain_id, self.deployment.rpc_url)
         self._web3: Web3 = self.deployment.connect()
         self.contracts: Contracts = contracts_of(self._web3, self.deployment)

@@ -10,7 +10,7 @@ from eth_utils import to_canonical_address, to_checksum_address
 
 from ...command_errors import reported
 from ...errors import InvalidArgument, SettlementDiffers
-from ...network.arguments import parse_address, parse_hash
+from ...network.arguments import DeploymentFile, parse_address, parse_hash
 from .attestation import Attestation, ascending, attest, proposal_document
 from .books import keep_prefixes
 from .chain_state import ChainState, Proposal, read_state
@@ -25,10 +25,6 @@ MOST = 2**120 - 1
 settle_app = typer.Typer(help="Settlement: from receipts and chain to rewards.", no_args_is_help=True)
 
 Exports = Annotated[list[Path], typer.Option("--export", metavar="DIR", help="The export of a log; once for each.")]
-DeploymentFile = Annotated[
-    Path | None,
-    typer.Option("--deployment", metavar="FILE", envvar="OPENLORA_NETWORK__DEPLOYMENT", help="The deployment file."),
-]
 StateDir = Annotated[Path, typer.Option(help="Keeps what was read and checked before, below settle/.")]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Check every receipt again, from the first one on.")]
 Key = Annotated[Path, typer.Option("--key", metavar="FILE", help="The key file that pays for the transaction.")]

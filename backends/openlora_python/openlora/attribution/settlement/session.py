@@ -82,15 +82,14 @@ class ChainSession:
     found: dict[int, BlockHeader] = field(default_factory=dict)  # headers that receipts named
 
     @classmethod
-    def open(cls, deployment_file: Path | None, state_dir: Path) -> ChainSession:
+    def open(cls, file: Path | None, state_dir: Path) -> ChainSession:
         """InvalidArgument, Unavailable, ChainMismatch: as `Deployment.load` and `connect` say."""
+        from ...network.arguments import deployment_file
         from ...network.chain_facts import read_facts
         from ...network.contracts import contracts_of
         from ...network.deployment import Deployment
 
-        if deployment_file is None:
-            raise InvalidArgument("name the deployment file: --deployment FILE", field="deployment")
-        deployment = Deployment.load(deployment_file)
+        deployment = Deployment.load(deployment_file(file))
         web3 = deployment.connect()
         with bars() as bar:
             task = bar.add_task("chain", total=None)
