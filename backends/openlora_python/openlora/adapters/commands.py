@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 from rich.text import Text
 
-from ..command_errors import reported
+from ..command_group import command_group
 from ..config import EngineSettings, load_section
 from ..errors import AdapterNotFound, InvalidArgument
 from .adapter_spec import AdapterSpec, parse_adapters
@@ -44,7 +44,7 @@ StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the server ke
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="The server's YAML file, for its limits.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
 
-adapters_app = typer.Typer(help="The adapters that this node knows.", no_args_is_help=True)
+adapters_app = command_group("The adapters that this node knows.")
 
 
 @adapters_app.command()
@@ -73,15 +73,14 @@ def add(
 
     With --lazy it is available at once, too, and its weights come just in time.
     """
-    with reported():
-        job = job_of(source, name, digest, lazy)
-        with _progress_bar() as follow:
-            (result,) = ingest(state_dir, _base(state_dir, model), [job], follow, load_section(SourceLimits, config))
-        if as_json:
-            typer.echo(msgspec.json.encode(result))
-        check_result(result)
-        if not as_json:
-            typer.echo(f"{result.name} version {result.version}: {result.change} ({result.digest[:16]}…)")
+    job = job_of(source, name, digest, lazy)
+    with _progress_bar() as follow:
+        (result,) = ingest(state_dir, _base(state_dir, model), [job], follow, load_section(SourceLimits, config))
+    if as_json:
+        typer.echo(msgspec.json.encode(result))
+    check_result(result)
+    if not as_json:
+        typer.echo(f"{result.name} version {result.version}: {result.change} ({result.digest[:16]}…)")
 
 
 @adapters_app.command()
@@ -92,17 +91,16 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Bring files that are not in the cache (lazy, or evicted) from where they come from, before a request has to."""
-    with reported():
-        with _progress_bar() as follow:
-            results = fetch_evicted(
-                state_dir, _base(state_dir, None), names or [], follow, load_section(SourceLimits, config)
-            )
-        if as_json:
-            typer.echo(msgspec.json.encode(results))
-        for result in results:
-            check_result(result)
-            if not as_json:
-                typer.echo(f"{result.name} version {result.version}: fetched ({result.digest[:16]}…)")
+    with _progress_bar() as follow:
+        results = fetch_evicted(
+            state_dir, _base(state_dir, None), names or [], follow, load_section(SourceLimits, config)
+        )
+    if as_json:
+        typer.echo(msgspec.json.encode(results))
+    for result in results:
+        check_result(result)
+        if not as_json:
+            typer.echo(f"{result.name} version {result.version}: fetched ({result.digest[:16]}…)")
 
 
 @adapters_app.command("list")
@@ -119,7 +117,7 @@ def list_adapters(
     as_json: AsJson = False,
 ) -> None:
     """Adapters by name, with all versions that aren't removed."""
-    with reported(), CatalogReader(state_dir / CATALOG_FILE) as reader:
+    with CatalogReader(state_dir / CATALOG_FILE) as reader:
         if status not in (None, "ready", "quarantined"):
             raise InvalidArgument(f"ready or quarantined is wanted, got {status!r:.80}", field="status")
         if limit is None and not as_json and sys.stdout.isatty():
@@ -141,7 +139,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """One adapter, quarantined ones included."""
-    with reported(), CatalogReader(state_dir / CATALOG_FILE) as reader:
+    with CatalogReader(state_dir / CATALOG_FILE) as reader:
         tree = _as_tree(reader.find(name, version), state_dir)
         if as_json:
             typer.echo(json.dumps(tree))
@@ -159,7 +157,7 @@ def use(
     as_json: AsJson = False,
 ) -> None:
     """Make a version the current one: it answers for the bare name from the next request on."""
-    with reported(), _catalog_with(name, state_dir) as catalog:
+    with _catalog_with(name, state_dir) as catalog:
         check_name(name)
         record = catalog.use(name, version)
         if as_json:
@@ -171,7 +169,7 @@ def use(
 @adapters_app.command()
 def pin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
     """Keep the current version of a name in memory, whichever that is."""
-    with reported(), _catalog_with(name, state_dir) as catalog:
+    with _catalog_with(name, state_dir) as catalog:
         catalog.pin(name)
         typer.echo(f"{name}: pinned")
 
@@ -179,7 +177,7 @@ def pin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var"
 @adapters_app.command()
 def unpin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
     """Let a name leave memory like all others."""
-    with reported(), _catalog_with(name, state_dir) as catalog:
+    with _catalog_with(name, state_dir) as catalog:
         catalog.pin(name, False)
         typer.echo(f"{name}: not pinned")
 
@@ -192,7 +190,7 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Take an adapter, or one version, out of the catalog. Requests that run with it go on."""
-    with reported(), _catalog_with(name, state_dir) as catalog:
+    with _catalog_with(name, state_dir) as catalog:
         check_name(name)
         gone = catalog.remove(name, version)
         if as_json:
@@ -223,29 +221,28 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Make a new adapter of several. What was merged before is found, not computed again."""
-    with reported():
-        terms = None if card is None else parse_object(card.read_bytes(), str(card), MAX_CARD_BYTES)
-        with _module_bar() as follow:
-            merged = merge_adapters(
-                state_dir,
-                _base(state_dir, None),
-                name,
-                _sources(source),
-                method,
-                density=density,
-                majority_sign=majority_sign,
-                seed=seed,
-                rank=rank,
-                card=terms,
-                limits=load_section(MergeLimits, config),
-                progress=follow,
-            )
-        if as_json:
-            typer.echo(msgspec.json.encode(merged))
-            return
-        how = "" if merged.computed else ", merged before"
-        facts = f"{merged.digest[:16]}…, rank {merged.rank}{how}"
-        typer.echo(f"{merged.name} version {merged.version}: {merged.change} ({facts})")
+    terms = None if card is None else parse_object(card.read_bytes(), str(card), MAX_CARD_BYTES)
+    with _module_bar() as follow:
+        merged = merge_adapters(
+            state_dir,
+            _base(state_dir, None),
+            name,
+            _sources(source),
+            method,
+            density=density,
+            majority_sign=majority_sign,
+            seed=seed,
+            rank=rank,
+            card=terms,
+            limits=load_section(MergeLimits, config),
+            progress=follow,
+        )
+    if as_json:
+        typer.echo(msgspec.json.encode(merged))
+        return
+    how = "" if merged.computed else ", merged before"
+    facts = f"{merged.digest[:16]}…, rank {merged.rank}{how}"
+    typer.echo(f"{merged.name} version {merged.version}: {merged.change} ({facts})")
 
 
 def _sources(texts: list[str]) -> tuple[AdapterSpec, ...]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..command_errors import reported
 from ..errors import InvalidArgument
 from ..network.arguments import DeploymentFile
 
@@ -26,13 +25,12 @@ def explore(
     from .server import PageServer  # brings FastAPI, which no other command should wait for
     from .settlement_view import SettlementView
 
-    with reported():
-        if not state_dir.is_dir():
-            raise InvalidArgument(f"no state directory at {state_dir}", field="state-dir")
-        view = SettlementView()
-        server = PageServer(state_dir, view, host, port)
-        with _reader(state_dir, deployment, view):
-            server.run()
+    if not state_dir.is_dir():
+        raise InvalidArgument(f"no state directory at {state_dir}", field="state-dir")
+    view = SettlementView()
+    server = PageServer(state_dir, view, host, port)
+    with _reader(state_dir, deployment, view):
+        server.run()
 
 
 def _reader(state_dir: Path, deployment: Path | None, view: SettlementView) -> AbstractContextManager[object]:

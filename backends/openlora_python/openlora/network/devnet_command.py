@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..command_errors import reported
 from ..errors import Unavailable
 
 if TYPE_CHECKING:
@@ -32,16 +31,15 @@ def devnet(
     from .devnet import DevnetOptions, run_devnet, stop_devnet
 
     console = Console(stderr=True)
-    with reported():
-        root = state_dir.resolve()
-        if stop:
-            console.print(f"stopped (pid {stop_devnet(root)})")
-            return
-        options = DevnetOptions(root, port, block_seconds)
-        if detach:
-            _detach(root, ["--port", str(port), "--block-seconds", str(block_seconds)], console)
-            return
-        run_devnet(options, lambda deployment: _announce(deployment, root, console), lambda text: console.print(text))
+    root = state_dir.resolve()
+    if stop:
+        console.print(f"stopped (pid {stop_devnet(root)})")
+        return
+    options = DevnetOptions(root, port, block_seconds)
+    if detach:
+        _detach(root, ["--port", str(port), "--block-seconds", str(block_seconds)], console)
+        return
+    run_devnet(options, lambda deployment: _announce(deployment, root, console), lambda text: console.print(text))
 
 
 def _announce(deployment: Deployment, root: Path, console: Console) -> None:

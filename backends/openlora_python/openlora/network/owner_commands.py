@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..command_errors import reported
 from ..errors import InvalidArgument
 from .arguments import AsJson, DeploymentFile, Key, StateDir, deployment_file, parse_address, parse_hash
 
@@ -40,29 +39,28 @@ def register_model(
     """Register a model under its digest, with the terms and the access of its card."""
     from .registration import local_model
 
-    with reported():
-        found = local_model(model, card, state_dir)
-        base_digest = parse_hash(base, "base") if base is not None else found.base
-        if found.is_adapter and base_digest is None:
-            raise InvalidArgument("the card names no base model: give --base DIGEST", field="base")
-        place = uri or found.source
-        if "://" not in place:
-            if found.is_adapter:
-                raise InvalidArgument("nodes fetch it from a URI (https://…, s3://…, hf://…): give --uri", field="uri")
-            place = place or f"openlora:{found.digest.hex()}"  # nobody fetches base models from here
-        with _Sending(deployment, key) as chain:
-            terms = found.terms(chain.account.address)
-            registry = chain.contracts.registry
-            chain.send(registry.register(found.digest, base_digest or bytes(32), name or found.name, place, terms))
-            if found.access is not None:
-                chain.send(registry.set_access(found.digest, found.access))
-            chain.tell(
-                as_json,
-                f"{name or found.name} ({found.digest.hex()[:16]}…) is registered by {chain.account.address}",
-                digest=found.digest.hex(),
-                owner=chain.account.address,
-                terms=terms,
-            )
+    found = local_model(model, card, state_dir)
+    base_digest = parse_hash(base, "base") if base is not None else found.base
+    if found.is_adapter and base_digest is None:
+        raise InvalidArgument("the card names no base model: give --base DIGEST", field="base")
+    place = uri or found.source
+    if "://" not in place:
+        if found.is_adapter:
+            raise InvalidArgument("nodes fetch it from a URI (https://…, s3://…, hf://…): give --uri", field="uri")
+        place = place or f"openlora:{found.digest.hex()}"  # nobody fetches base models from here
+    with _Sending(deployment, key) as chain:
+        terms = found.terms(chain.account.address)
+        registry = chain.contracts.registry
+        chain.send(registry.register(found.digest, base_digest or bytes(32), name or found.name, place, terms))
+        if found.access is not None:
+            chain.send(registry.set_access(found.digest, found.access))
+        chain.tell(
+            as_json,
+            f"{name or found.name} ({found.digest.hex()[:16]}…) is registered by {chain.account.address}",
+            digest=found.digest.hex(),
+            owner=chain.account.address,
+            terms=terms,
+        )
 
 
 def publish_terms(
@@ -76,21 +74,19 @@ def publish_terms(
     """Publish a registered model's card as the next version of its terms; in force after the notice."""
     from .registration import local_model
 
-    with reported():
-        found = local_model(model, card, state_dir)
-        with _Sending(deployment, key) as chain:
-            terms = found.terms(chain.account.address)
-            chain.send(chain.contracts.registry.publish_terms(found.digest, terms))
-            newest = chain.contracts.registry.model_of(chain.account.address, found.digest)
-            chain.tell(
-                as_json,
-                f"version {newest.terms_version} of the terms of {found.name}, "
-                f"in force from {_when(newest.effective_at)}",
-                digest=found.digest.hex(),
-                version=newest.terms_version,
-                effective_at=newest.effective_at,
-                terms=terms,
-            )
+    found = local_model(model, card, state_dir)
+    with _Sending(deployment, key) as chain:
+        terms = found.terms(chain.account.address)
+        chain.send(chain.contracts.registry.publish_terms(found.digest, terms))
+        newest = chain.contracts.registry.model_of(chain.account.address, found.digest)
+        chain.tell(
+            as_json,
+            f"version {newest.terms_version} of the terms of {found.name}, in force from {_when(newest.effective_at)}",
+            digest=found.digest.hex(),
+            version=newest.terms_version,
+            effective_at=newest.effective_at,
+            terms=terms,
+        )
 
 
 def set_access(
@@ -103,16 +99,15 @@ def set_access(
     """Say who may use a model of yours; effective at once."""
     from .registration import access_document, parse_access, read_json
 
-    with reported():
-        document = access_document(parse_access(read_json(file)))
-        with _Sending(deployment, key) as chain:
-            chain.send(chain.contracts.registry.set_access(parse_hash(digest, "DIGEST"), document))
-            chain.tell(as_json, f"access of {digest[:16]}…: {document}", digest=digest, access=document)
+    document = access_document(parse_access(read_json(file)))
+    with _Sending(deployment, key) as chain:
+        chain.send(chain.contracts.registry.set_access(parse_hash(digest, "DIGEST"), document))
+        chain.tell(as_json, f"access of {digest[:16]}…: {document}", digest=digest, access=document)
 
 
 def revoke(digest: Digest, key: Key, deployment: DeploymentFile = None, as_json: AsJson = False) -> None:
     """Revoke a model of yours, for good."""
-    with reported(), _Sending(deployment, key) as chain:
+    with _Sending(deployment, key) as chain:
         chain.send(chain.contracts.registry.revoke(parse_hash(digest, "DIGEST")))
         chain.tell(as_json, f"{digest[:16]}… is revoked", digest=digest)
 
@@ -130,22 +125,21 @@ def register_log(
     from ..attribution.log_key import load_log_key
     from .registration import registration_signature
 
-    with reported():
-        log_key = load_log_key(str(state_dir / "log.pub"))
-        signer = load_keys(state_dir / "keys", create=False).receipt
-        with _Sending(deployment, key) as chain:
-            owner = chain.account.address
-            who = [owner if one is None else parse_address(one, "address") for one in (submitter, payee)]
-            signature = registration_signature(chain.deployment, signer, log_key, owner, *who)
-            chain.send(chain.contracts.log.register_log(log_key, *who, signature))
-            chain.tell(
-                as_json,
-                f"log {log_key.log_id.hex()[:16]}… is registered; {who[0]} anchors it, {who[1]} is paid",
-                log_id=log_key.log_id.hex(),
-                owner=owner,
-                submitter=who[0],
-                payee=who[1],
-            )
+    log_key = load_log_key(str(state_dir / "log.pub"))
+    signer = load_keys(state_dir / "keys", create=False).receipt
+    with _Sending(deployment, key) as chain:
+        owner = chain.account.address
+        who = [owner if one is None else parse_address(one, "address") for one in (submitter, payee)]
+        signature = registration_signature(chain.deployment, signer, log_key, owner, *who)
+        chain.send(chain.contracts.log.register_log(log_key, *who, signature))
+        chain.tell(
+            as_json,
+            f"log {log_key.log_id.hex()[:16]}… is registered; {who[0]} anchors it, {who[1]} is paid",
+            log_id=log_key.log_id.hex(),
+            owner=owner,
+            submitter=who[0],
+            payee=who[1],
+        )
 
 
 def publish_parameters(
@@ -158,11 +152,10 @@ def publish_parameters(
     from .parameters import parse_parameters
     from .registration import read_json
 
-    with reported():
-        document = parse_parameters(read_json(file)).document
-        with _Sending(deployment, key) as chain:
-            chain.send(chain.contracts.registry.publish_parameters(document))
-            chain.tell(as_json, f"published: {document}", parameters=document)
+    document = parse_parameters(read_json(file)).document
+    with _Sending(deployment, key) as chain:
+        chain.send(chain.contracts.registry.publish_parameters(document))
+        chain.tell(as_json, f"published: {document}", parameters=document)
 
 
 class _Sending:

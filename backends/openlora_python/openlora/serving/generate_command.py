@@ -13,9 +13,8 @@ from rich.console import Console
 from openlora_client import Answer, Chunk, OpenLoRAClient
 from openlora_client.answer import join
 
-from ..errors import InvalidArgument
+from ..errors import EXIT_INTERRUPTED, InvalidArgument
 
-EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
 STATUS = {1: "complete", 2: "cancelled", 3: "error", 4: "aborted"}
 
 

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ...attribution.chain_check import ChainCheck
-from ...command_errors import reported
 from ...errors import InvalidArgument, Unavailable
 from ..arguments import DeploymentFile, deployment_file
 
@@ -52,18 +51,17 @@ def anchor(
     from .service import AnchorJob, run
     from .worker import AnchorPolicy
 
-    with reported():
-        if status:
-            _print_status(deployment_file(deployment), state_dir, as_json)
-            return
-        if key is None:
-            raise InvalidArgument("anchoring needs the submitter's key: --key FILE", field="key")
-        stopping = Event()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: stopping.set())
-        policy = AnchorPolicy(every, min_receipts, fees=FeePolicy(cap=int(max_fee * GWEI)))
-        job = AnchorJob(deployment_file(deployment), state_dir, key, policy)
-        run(job, once=once, show=_Progress(as_json), stopping=stopping)
+    if status:
+        _print_status(deployment_file(deployment), state_dir, as_json)
+        return
+    if key is None:
+        raise InvalidArgument("anchoring needs the submitter's key: --key FILE", field="key")
+    stopping = Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stopping.set())
+    policy = AnchorPolicy(every, min_receipts, fees=FeePolicy(cap=int(max_fee * GWEI)))
+    job = AnchorJob(deployment_file(deployment), state_dir, key, policy)
+    run(job, once=once, show=_Progress(as_json), stopping=stopping)
 
 
 class _Progress:
