@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -323,11 +322,6 @@ def reference(chain_id: int, registry: str, header: BlockHeader) -> bytes:
     """The preimage of a registryRef."""
     words = (chain_id, int(registry, 16), header.number)
     return b"".join(word.to_bytes(32, "big") for word in words) + header.hash
-
-
-def facts_json(facts: ChainFacts) -> Any:
-    """The facts as a stranger reads them from a file."""
-    return json.loads(facts.to_json())
 
 
 def _bundle_name(number: int, width: int) -> str:

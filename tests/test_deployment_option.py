@@ -1,4 +1,4 @@
-"""Which deployment file a command of the chain goes by: the option's, the environment's, a devnet's in this directory."""
+"""Which deployment file a command of the chain goes by: the option's, the environment's, a devnet's that is here."""
 
 from __future__ import annotations
 
