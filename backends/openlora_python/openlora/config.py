@@ -27,6 +27,7 @@ from .engine.one_adapter.options import OneAdapterOptions
 from .engine.tensorrt_llm_options import TensorrtLlmOptions
 from .engine.vllm_options import VllmOptions
 from .errors import InvalidArgument
+from .validation import first_fault
 
 RUN_DIR_VARIABLE = "OPENLORA_RUN_DIR"
 
@@ -232,12 +233,11 @@ def _read(kind: type[Kind], config_file: Path | None, given: dict[str, Any]) -> 
     try:
         return source(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
+        (place, words), first = first_fault(error), error.errors()[0]
         # A key that was written where its digest belongs is not for logs.
-        told = place and place[0] != "access" and first["type"] != "missing"
-        message = first["msg"].removeprefix("Value error, ") + (f", got {first['input']!r:.80}" if told else "")
-        raise InvalidArgument(message, field=".".join(place) or "settings") from error
+        told = place and first["loc"][0] != "access" and first["type"] != "missing"
+        message = words + (f", got {first['input']!r:.80}" if told else "")
+        raise InvalidArgument(message, field=place or "settings") from error
     except SettingsError as error:
         raise InvalidArgument(f"{error}: JSON is wanted in this variable", field="settings") from error
 

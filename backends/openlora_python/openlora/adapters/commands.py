@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import DownloadColumn, MofNCompleteColumn, TaskID
 from rich.table import Table
 from rich.text import Text
 
 from ..command_group import command_group
 from ..config import EngineSettings, load_section
 from ..errors import AdapterNotFound, InvalidArgument
+from ..progress import progress_bars
 from .adapter_spec import AdapterSpec, parse_adapters
 from .catalog import Catalog, check_name
 from .catalog_file import CATALOG_FILE
@@ -292,9 +293,7 @@ def _catalog_with(name: str, state_dir: Path) -> Iterator[Catalog]:
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[Event], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bars(DownloadColumn()) as bar:
         task = bar.add_task("checking the base model", total=None)
         downloads: dict[str, TaskID] = {}
 
@@ -313,9 +312,7 @@ def _progress_bar() -> Iterator[Callable[[Event], None]]:
 
 @contextmanager
 def _module_bar() -> Iterator[Callable[[ModuleMerged], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bars(MofNCompleteColumn()) as bar:
         task = bar.add_task("merging", total=None)
 
         def follow(event: ModuleMerged) -> None:

@@ -14,13 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..command_group import command_group
+from .frames import STATUS_NAMES
 from .log import LoggedReceipt, ReceiptLog
 from .log_commands import export, fsck, rotate
 from .proof_commands import checkpoint, cosign, prove
 from .receipt_lookup import find_receipt
 from .verify_command import verify
-
-_STATUS = {1: "complete", 2: "cancelled", 3: "error", 4: "aborted"}
 
 receipts_app = command_group("Receipts: list, show, verify, prove and export them.")
 
@@ -80,7 +79,7 @@ def _row(logged: LoggedReceipt, adapters: list[dict[str, Any]]) -> list[str]:
     return [
         str(logged.seq),
         receipt.request_id.hex()[:12] + "…",
-        _STATUS[receipt.status],
+        STATUS_NAMES[receipt.status],
         " ".join(f"{one['digest'][:8]}×{one['weight'] / 1_000_000:g}" for one in adapters) or "base",
         str(receipt.in_tokens),
         str(receipt.out_tokens),

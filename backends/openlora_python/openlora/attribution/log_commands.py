@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
 from ..errors import InvalidArgument
+from ..progress import progress_bars
 from .custody import rotate as close_and_follow
 from .export import LogExport, write_export
 from .fsck import check_export, check_log
@@ -77,7 +77,6 @@ def rotate(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, where somebody looks at it."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bars(TaskProgressColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(what)
         yield lambda done, of: bar.update(task, completed=done, total=of)
