@@ -23,6 +23,7 @@ from openlora.adapters.ingest_jobs import check_result, job_of
 from openlora.adapters.ingest_worker import CACHE_DIRECTORY
 from openlora.adapters.manifest import model_manifest
 from openlora.adapters.sources import SourceLimits
+from openlora.config import load_section
 from openlora.engine.api import AdapterUse
 from openlora.serving.fetch_client import FetchClient
 
@@ -57,7 +58,7 @@ class RemoteAdapters:
 def remote_adapters(model: Path, work: Path, mb_per_s: float) -> Iterator[RemoteAdapters]:
     """Those below `work`, served at `mb_per_s`, over a state of its own that is gone afterwards."""
     base = BaseFacts(str(model.resolve()), model_manifest(model, work / "digests.json").digest, MAX_RANK)
-    limits = replace(SourceLimits.from_environment(), cache_bytes=None)
+    limits = replace(load_section(SourceLimits), cache_bytes=None)
     script = Path(__file__).with_name("throttled_source.py")
     with ExitStack() as stack:
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work, prefix="state-")))

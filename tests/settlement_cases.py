@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -332,11 +331,6 @@ def second_view(facts: ChainFacts) -> SecondChain:
     events = [Event(one.block, one.index, one.name, dict(one.args)) for one in facts.events]
     headers = {number: (header.hash, header.timestamp) for number, header in facts.headers.items()}
     return SecondChain(facts.chain_id, facts.registry, facts.distributor, events, headers)
-
-
-def facts_json(facts: ChainFacts) -> Any:
-    """The facts as a stranger reads them from a file."""
-    return json.loads(facts.to_json())
 
 
 def _bundle_name(number: int, width: int) -> str:

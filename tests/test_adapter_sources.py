@@ -736,16 +736,6 @@ def test_evicted_files_whose_source_holds_others_now_do_not_come_back(state, bas
     assert (known_records(state), in_cache(state), left_over(state)) == (before, [], [])
 
 
-def test_limits_come_from_the_environment(monkeypatch):
-    monkeypatch.setenv("OPENLORA_SOURCES__CACHE_BYTES", "1000000")
-    monkeypatch.setenv("OPENLORA_SOURCES__STALL_SECONDS", "2.5")
-    limits = SourceLimits.from_environment()
-    assert (limits.cache_bytes, limits.stall_seconds, limits.attempts) == (1_000_000, 2.5, 5)
-    monkeypatch.setenv("OPENLORA_SOURCES__ATTEMPTS", "0")
-    with pytest.raises(InvalidArgument, match="attempts"):
-        SourceLimits.from_environment()
-
-
 def test_what_failed_is_unavailable():
     with pytest.raises(Unavailable, match="adapter poet: why"):
         check_result(IngestResult("poet", "failed", reason="why"))

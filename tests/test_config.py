@@ -7,8 +7,12 @@ import stat
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from openlora.config import RUN_DIR_VARIABLE, BaseModelFacts, RunConfig, load_settings
+from openlora.adapters.merge_plan import MergeLimits
+from openlora.adapters.sources import SourceLimits
+from openlora.cli import app
+from openlora.config import RUN_DIR_VARIABLE, BaseModelFacts, RunConfig, load_section, load_settings
 from openlora.errors import InvalidArgument
 
 
@@ -106,6 +110,37 @@ def test_bad_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENLORA_ACCESS", "{}")
     monkeypatch.setenv("OPENLORA_HTTP_PORT", "many")
     assert refusal(model="m").startswith("http_port: Input should be a valid integer")
+
+
+def test_limits_of_sources_and_merges_are_settings_like_others(yaml_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = yaml_file("model: m\nsources: {cache_bytes: 5, attempts: 2}\nmerge: {max_adapters: 3}\n")
+    monkeypatch.setenv("OPENLORA_SOURCES__ATTEMPTS", "7")
+    settings = load_settings(file)
+    assert settings.sources == load_section(SourceLimits, file) == SourceLimits(cache_bytes=5, attempts=7)
+    assert settings.merge == load_section(MergeLimits, file) == MergeLimits(max_adapters=3)
+    assert load_section(SourceLimits) == SourceLimits(attempts=7)
+    monkeypatch.setenv("OPENLORA_SOURCES__ATTEMPTS", "0")
+    assert refusal(file) == "sources.attempts: Input should be greater than or equal to 1, got '0'"
+    monkeypatch.delenv("OPENLORA_SOURCES__ATTEMPTS")
+    misspelt = yaml_file("model: m\nmerge: {max_adaptors: 3}")
+    assert refusal(misspelt) == "merge.max_adaptors: Unexpected keyword argument, got 3"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("network", "sync"), "can't read the deployment file /nowhere/d.json"),
+        (("receipts", "cosign"), "'nobody' is not"),
+    ],
+)
+def test_a_command_takes_its_section_of_the_servers_file(yaml_file, tmp_path: Path, command, message: str) -> None:
+    """Whose model came by flag."""
+    sections = "network: {deployment: /nowhere/d.json}\nattribution: {witnesses: [nobody]}\nhttp_port: 81\n"
+    done = CliRunner().invoke(app, [*command, "--config", str(yaml_file(sections)), "--state-dir", str(tmp_path)])
+    assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
+    misspelt = yaml_file("network: {deploiment: d}\nattribution: {witneses: []}")
+    done = CliRunner().invoke(app, [*command, "--config", str(misspelt), "--state-dir", str(tmp_path)])
+    assert (done.exit_code, "Extra inputs are not permitted" in done.stderr) == (2, True), done.stderr
 
 
 def make_run(root: Path) -> RunConfig:

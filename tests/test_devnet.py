@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from chain import Devnet
+from chain import Devnet, balance_of, set_submitter
 from eth_account import Account
 from live_server import free_ports
 
@@ -53,7 +53,7 @@ def test_what_was_sent_survives_a_stop_and_a_kill(own: Devnet) -> None:
     own.send("admin", token.mint(guardian, 5))
     own.stop()
     own.start()
-    assert own.contracts.token.balance_of(guardian) == 5
+    assert balance_of(own.contracts.token, guardian) == 5
     own.send("admin", own.contracts.token.mint(guardian, 2))
     kept = own.state_dir / "chain.json"
     block = own.web3.eth.block_number
@@ -68,7 +68,7 @@ def test_what_was_sent_survives_a_stop_and_a_kill(own: Devnet) -> None:
         assert own.deployment == before
         own.stop()
     own.start()
-    assert own.contracts.token.balance_of(guardian) == 7
+    assert balance_of(own.contracts.token, guardian) == 7
     assert read_facts(own.deployment.connect(), own.deployment).head == block
 
 
@@ -192,7 +192,7 @@ def test_a_contract_s_refusal_is_one_line_with_its_values(devnet: Devnet) -> Non
     with pytest.raises(ContractRefused, match=rf"AccessControlUnauthorizedAccount\(account={owner}, neededRole=0x"):
         devnet.send("owner-3", registry.publish_parameters("{}"))
     with pytest.raises(ContractRefused, match="NotLogOwner"):
-        devnet.send("owner-3", devnet.contracts.log.set_submitter(b"\1" * 32, owner))
+        devnet.send("owner-3", set_submitter(devnet.contracts.log, b"\1" * 32, owner))
 
 
 def test_a_new_deployment_anywhere(devnet: Devnet, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_what_is_wrong_is_one_line(first_state, arguments, exit_code, message):
         ("MAX_ADAPTERS", "1", 7, "[OVERLOADED] 1 merged adapters are in the catalog, 1 are allowed"),
         ("MAX_BYTES", "1000", 7, "[OVERLOADED] merged adapters take 0 MiB"),
         ("MAX_MEMORY_BYTES", "1000", 2, "[INVALID_ARGUMENT] method: this merge would hold"),
-        ("MAX_BYTES", "many", 2, "[INVALID_ARGUMENT] OPENLORA_MERGE__…: "),
+        ("MAX_BYTES", "many", 2, "[INVALID_ARGUMENT] merge.max_bytes: Input should be a valid integer"),
     ],
 )
 def test_limits_of_the_node(merged_state, limit, value, exit_code, message):
@@ -220,6 +220,12 @@ def test_limits_of_the_node(merged_state, limit, value, exit_code, message):
     assert (done.exit_code, done.stdout) == (exit_code, "")
     assert message in done.stderr
     assert run(merged_state, "show", "more").exit_code == 4
+
+
+def test_limits_from_the_servers_file(merged_state, tmp_path):
+    (tmp_path / "server.yaml").write_text("merge: {max_adapters: 1}\n")
+    done = run(merged_state, "merge", "poet", "cook=0.25", "--name", "more", "--config", tmp_path / "server.yaml")
+    assert (done.exit_code, "1 are allowed" in done.stderr) == (7, True)
 
 
 def test_a_source_whose_files_are_gone(state):

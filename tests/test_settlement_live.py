@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chain import Devnet
+from chain import Devnet, balance_of, settled_size_of
 from eth_account import Account
 from eth_account.messages import encode_typed_data
 from settlement_cases import BASE, FRENCH, ZERO32, CaseLog, canonical, key_of, model, tree_root
@@ -171,13 +171,13 @@ def test_from_deposit_to_claim(network: Network) -> None:
     assert network.ask(*accept)["epoch"] == computed["proposal"]["epoch"]
     earned = {one["account"]: int(one["cumulative"]) for one in computed["earners"]}
     token = chain.contracts.token
-    before = {who: token.balance_of(who) for who in earned}
+    before = {who: balance_of(token, who) for who in earned}
     first = sorted(earned)[0]
     one = network.ask("claim", first, "--export", export, *network.key("guardian"))
     assert one == {"claims": [{"account": first, "amount": str(earned[first]), "cumulative": str(earned[first])}]}
     rest = network.ask("claim", "--all", "--export", export, *network.key("guardian"))
     assert {one["account"] for one in rest["claims"]} == earned.keys() - {first}
-    assert {who: token.balance_of(who) - before[who] for who in earned} == earned
+    assert {who: balance_of(token, who) - before[who] for who in earned} == earned
     assert network.ask("claim", "--all", "--export", export, *network.key("guardian")) == {"claims": []}
     network.refused(10, "all of it was claimed", "claim", first, "--export", export, *network.key("guardian"))
     network.refused(2, "has earned nothing", "claim", "0x" + "77" * 20, "--export", export, *network.key("guardian"))
@@ -298,7 +298,7 @@ def test_nobody_attests_a_proposal_that_is_wrong(network: Network, what: str) ->
 
 
 def test_a_log_whose_history_was_rewritten_settles_nothing_more(network: Network) -> None:
-    settled = network.devnet.contracts.distributor.settled_size_of(network.log.log_id)
+    settled = settled_size_of(network.devnet.contracts.distributor, network.log.log_id)
     network.serve(1)
     network.devnet.mine()
     network.anchor()

@@ -32,7 +32,6 @@ from openlora.attribution.settlement.ledger import cumulative
 
 PRICES = st.one_of(st.integers(0, 10), st.integers(0, 10**30), st.sampled_from([10**30, 10**18, 999_999, 2**53]))
 WEIGHTS = st.sampled_from([-10_000_000, -300_000, -1, 0, 1, 2, 333_333, 700_000, 10_000_000])
-HAPPENINGS = ["serve"] * 8 + ["anchor"] * 2 + ["terms", "parameters", "revoke", "wait", "lie"]
 NAMES = ("alice", "bob", "carol", "platform", "base")
 
 

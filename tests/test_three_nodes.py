@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chain import terms_of
+from chain import balance_of, deposit_of, terms_of
 from raw_chain import read_chain
 from second_settlement import (
     BILLION,
@@ -72,7 +72,7 @@ def books(network: ThreeNodes, exports: list[Path]) -> Books:
 
 def balances(network: ThreeNodes, accounts: set[bytes]) -> dict[bytes, int]:
     token = network.devnet.contracts.token
-    return {account: token.balance_of(network.devnet.web3.to_checksum_address(account)) for account in accounts}
+    return {account: balance_of(token, network.devnet.web3.to_checksum_address(account)) for account in accounts}
 
 
 def check_epoch(network: ThreeNodes, found: Books, epoch: int) -> None:
@@ -95,7 +95,7 @@ def check_epoch(network: ThreeNodes, found: Books, epoch: int) -> None:
     for result in found.results:
         paid = result.paid(0, found.sizes.get(result.log_id, 0))
         deposits = found.chain.named("Deposited", logId=result.log_id)
-        assert distributor.deposit_of(result.log_id) == sum(one.arguments["amount"] for one in deposits) - paid
+        assert deposit_of(distributor, result.log_id) == sum(one.arguments["amount"] for one in deposits) - paid
 
 
 class ForgedLog:
@@ -209,7 +209,7 @@ def test_fabricated_receipts_spend_only_their_own_logs_deposit(network: ThreeNod
     forged.invent(in_tokens=2**32 - 1, out_tokens=2**32 - 1)
     forged.anchor()
     north.ask(network.named("clerk"))
-    deposits = {node.name: distributor.deposit_of(node.log_id) for node in network.nodes}
+    deposits = {node.name: deposit_of(distributor, node.log_id) for node in network.nodes}
     exports = [*network.anchor_and_export(), forged.log.write(network.root / "exports" / "forger")]
     network.settle_epoch(exports)
     found = books(network, exports)
@@ -218,12 +218,12 @@ def test_fabricated_receipts_spend_only_their_own_logs_deposit(network: ThreeNod
     assert found.sizes[forged.log.log_id] == 2
     check_receipts(network.nodes, found)
     check_epoch(network, found, epoch=3)
-    assert distributor.deposit_of(forged.log.log_id) == price - 1
-    spent = {node.name: deposits[node.name] - distributor.deposit_of(node.log_id) for node in network.nodes}
+    assert deposit_of(distributor, forged.log.log_id) == price - 1
+    spent = {node.name: deposits[node.name] - deposit_of(distributor, node.log_id) for node in network.nodes}
     assert spent == {"north": north.prices[len(north.statuses) - 1], "south": 0, "west": 0}
     unclaimed = distributor.totals().total - distributor.totals().claimed
-    left = sum(distributor.deposit_of(one.log_id) for one in found.results)
-    assert token.balance_of(distributor.address) == left + unclaimed
+    left = sum(deposit_of(distributor, one.log_id) for one in found.results)
+    assert balance_of(token, distributor.address) == left + unclaimed
 
     # What is left of them nobody pays for, not even if the publisher says so.
     logs = [word for export in exports for word in ("--export", str(export))]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
 
-import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -15,7 +13,7 @@ from .attribution.commands import receipts_app
 from .attribution.settlement.commands import settle_app
 from .attribution.witness_commands import witness_app
 from .bench.command import bench
-from .errors import OpenLoRAError
+from .command_group import command_group
 from .explorer.commands import explore
 from .network.anchor.command import anchor
 from .network.commands import network_app
@@ -25,13 +23,7 @@ from .serving.access.keys_command import keys_app
 from .serving.generate_command import generate
 from .serving.serve_command import serve, stop
 
-app = typer.Typer(
-    name="openlora",
-    help="Many LoRA adapters over one base model, served by NVIDIA Triton, every answer with a receipt.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = command_group("Many LoRA adapters over one base model, served by NVIDIA Triton, every answer with a receipt.")
 app.command()(serve)
 app.command()(stop)
 app.command()(generate)
@@ -50,15 +42,11 @@ app.add_typer(witness_app, name="witness")
 
 
 def main() -> None:
-    """Run a command; an error is one clear line and its exit code."""
+    """Run a command."""
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)]
     )
-    try:
-        app()
-    except OpenLoRAError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+    app()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -22,10 +22,13 @@ from pydantic_settings import (
 )
 
 from .access_rule import AccessRule, canonical_adapter, canonical_caller, chain_address
+from .adapters.merge_plan import MergeLimits
+from .adapters.sources import SourceLimits
 from .engine.one_adapter.options import OneAdapterOptions
 from .engine.tensorrt_llm_options import TensorrtLlmOptions
 from .engine.vllm_options import VllmOptions
 from .errors import InvalidArgument
+from .validation import first_fault
 
 RUN_DIR_VARIABLE = "OPENLORA_RUN_DIR"
 
@@ -172,10 +175,23 @@ class NetworkSettings(_Section):
     max_view_age_seconds: float = Field(default=600.0, ge=1.0)  # access by an older view of the chain is refused
 
 
-class Settings(BaseSettings):
-    """What an operator may set. `model` and `adapters` are directories on this machine."""
-
+class _FromFileAndEnvironment(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="OPENLORA_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+class Settings(_FromFileAndEnvironment):
+    """What an operator may set. `model` and `adapters` are directories on this machine."""
 
     model: Path
     adapters: Path | None = None
@@ -193,6 +209,8 @@ class Settings(BaseSettings):
     attribution: AttributionSettings = AttributionSettings()
     metrics: MetricsSettings = MetricsSettings()
     network: NetworkSettings = NetworkSettings()
+    sources: SourceLimits = SourceLimits()
+    merge: MergeLimits = MergeLimits()
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Settings:
@@ -201,16 +219,9 @@ class Settings(BaseSettings):
             raise ValueError(f"the five ports must differ, got {ports}")
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+Section = TypeVar("Section")
+Kind = TypeVar("Kind", bound=_FromFileAndEnvironment)
 
 
 def load_settings(config_file: Path | None = None, **flags: Any) -> Settings:
@@ -219,19 +230,33 @@ def load_settings(config_file: Path | None = None, **flags: Any) -> Settings:
     Raises:
         InvalidArgument: naming the setting and what is wrong with it.
     """
+    given = _nested({name: value for name, value in flags.items() if value is not None})
+    return Settings.model_validate(_read(Settings, config_file, given).model_dump())
+
+
+def load_section(kind: type[Section], config_file: Path | None = None) -> Section:
+    """The one section of `Settings` that is a `kind`, for a command that needs no more; the rest is not looked at.
+
+    Raises:
+        InvalidArgument: as `load_settings`.
+    """
+    name = next(name for name, field in Settings.model_fields.items() if field.annotation is kind)
+    body = {"__annotations__": {name: kind}, name: kind(), "model_config": SettingsConfigDict(extra="ignore")}
+    return getattr(_read(type("Settings", (_FromFileAndEnvironment,), body), config_file, {}), name)
+
+
+def _read(kind: type[Kind], config_file: Path | None, given: dict[str, Any]) -> Kind:
     if config_file is not None:
         _check_yaml(config_file)
-    given = _nested({name: value for name, value in flags.items() if value is not None})
-    source = type("Settings", (Settings,), {"model_config": {**Settings.model_config, "yaml_file": config_file}})
+    source = type("Settings", (kind,), {"model_config": SettingsConfigDict(yaml_file=config_file)})
     try:
-        return Settings.model_validate(source(**given).model_dump())
+        return source(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
+        (place, words), first = first_fault(error), error.errors()[0]
         # A key that was written where its digest belongs is not for logs.
-        told = place and place[0] != "access" and first["type"] != "missing"
-        message = first["msg"].removeprefix("Value error, ") + (f", got {first['input']!r:.80}" if told else "")
-        raise InvalidArgument(message, field=".".join(place) or "settings") from error
+        told = place and first["loc"][0] != "access" and first["type"] != "missing"
+        message = words + (f", got {first['input']!r:.80}" if told else "")
+        raise InvalidArgument(message, field=place or "settings") from error
     except SettingsError as error:
         raise InvalidArgument(f"{error}: JSON is wanted in this variable", field="settings") from error
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+EXIT_LOG_UNKNOWN = 3  # of `openlora receipts verify`: nothing is wrong, but no pinned key knows the receipt's log
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
+
 
 class OpenLoRAError(Exception):
     """Base of every error that may reach a user: `[CODE] field: message retry_after_ms=N`."""

@@ -41,6 +41,6 @@ def evictions(
     if over > 0:
         raise Overloaded(
             f"the adapter cache may hold {limits.cache_bytes} bytes, and with {more} more {over} are too many: the rest"
-            " is in use or can't be fetched again. Remove adapters, or raise OPENLORA_SOURCES__CACHE_BYTES"
+            " is in use or can't be fetched again. Remove adapters, or raise sources.cache_bytes"
         )
     return chosen

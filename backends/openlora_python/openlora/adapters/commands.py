@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import DownloadColumn, MofNCompleteColumn, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from ..command_errors import reported
-from ..config import EngineSettings
+from ..command_group import command_group
+from ..config import EngineSettings, load_section
 from ..errors import AdapterNotFound, InvalidArgument
+from ..progress import progress_bars
 from .adapter_spec import AdapterSpec, parse_adapters
 from .catalog import Catalog, check_name
 from .catalog_file import CATALOG_FILE
@@ -32,17 +33,19 @@ from .lora_config import parse_object
 from .manifest import model_manifest
 from .merge import SOURCE_PREFIX, ModuleMerged, merge_record
 from .merge import merge as merge_adapters
-from .merge_plan import METHODS
+from .merge_plan import METHODS, MergeLimits
 from .printable import printable
+from .sources import SourceLimits
 from .store import MAX_CARD_BYTES
 
 HASH_CACHE_FILE = "digests.json"  # below the state directory
 PAGE_NAMES = 100  # of `list` on a terminal
 METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the server keeps its state.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="The server's YAML file, for its limits.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
 
-adapters_app = typer.Typer(help="The adapters that this node knows.", no_args_is_help=True)
+adapters_app = command_group("The adapters that this node knows.")
 
 
 @adapters_app.command()
@@ -63,6 +66,7 @@ def add(
         ),
     ] = False,
     model: Annotated[Path | None, typer.Option(help="Base model; default: the one served from this state.")] = None,
+    config: ConfigFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
@@ -70,33 +74,34 @@ def add(
 
     With --lazy it is available at once, too, and its weights come just in time.
     """
-    with reported():
-        job = job_of(source, name, digest, lazy)
-        with _progress_bar() as follow:
-            (result,) = ingest(state_dir, _base(state_dir, model), [job], follow)
-        if as_json:
-            typer.echo(msgspec.json.encode(result))
-        check_result(result)
-        if not as_json:
-            typer.echo(f"{result.name} version {result.version}: {result.change} ({result.digest[:16]}…)")
+    job = job_of(source, name, digest, lazy)
+    with _progress_bar() as follow:
+        (result,) = ingest(state_dir, _base(state_dir, model), [job], follow, load_section(SourceLimits, config))
+    if as_json:
+        typer.echo(msgspec.json.encode(result))
+    check_result(result)
+    if not as_json:
+        typer.echo(f"{result.name} version {result.version}: {result.change} ({result.digest[:16]}…)")
 
 
 @adapters_app.command()
 def fetch(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME …]", help="Default: all that are gone.")] = None,
+    config: ConfigFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
     """Bring files that are not in the cache (lazy, or evicted) from where they come from, before a request has to."""
-    with reported():
-        with _progress_bar() as follow:
-            results = fetch_evicted(state_dir, _base(state_dir, None), names or [], follow)
-        if as_json:
-            typer.echo(msgspec.json.encode(results))
-        for result in results:
-            check_result(result)
-            if not as_json:
-                typer.echo(f"{result.name} version {result.version}: fetched ({result.digest[:16]}…)")
+    with _progress_bar() as follow:
+        results = fetch_evicted(
+            state_dir, _base(state_dir, None), names or [], follow, load_section(SourceLimits, config)
+        )
+    if as_json:
+        typer.echo(msgspec.json.encode(results))
+    for result in results:
+        check_result(result)
+        if not as_json:
+            typer.echo(f"{result.name} version {result.version}: fetched ({result.digest[:16]}…)")
 
 
 @adapters_app.command("list")
@@ -113,7 +118,7 @@ def list_adapters(
     as_json: AsJson = False,
 ) -> None:
     """Adapters by name, with all versions that aren't removed."""
-    with reported(), CatalogReader(state_dir / CATALOG_FILE) as reader:
+    with CatalogReader(state_dir / CATALOG_FILE) as reader:
         if status not in (None, "ready", "quarantined"):
             raise InvalidArgument(f"ready or quarantined is wanted, got {status!r:.80}", field="status")
         if limit is None and not as_json and sys.stdout.isatty():
@@ -135,7 +140,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """One adapter, quarantined ones included."""
-    with reported(), CatalogReader(state_dir / CATALOG_FILE) as reader:
+    with CatalogReader(state_dir / CATALOG_FILE) as reader:
         tree = _as_tree(reader.find(name, version), state_dir)
         if as_json:
             typer.echo(json.dumps(tree))
@@ -153,7 +158,7 @@ def use(
     as_json: AsJson = False,
 ) -> None:
     """Make a version the current one: it answers for the bare name from the next request on."""
-    with reported(), _catalog_with(name, state_dir) as catalog:
+    with _catalog_with(name, state_dir) as catalog:
         check_name(name)
         record = catalog.use(name, version)
         if as_json:
@@ -165,7 +170,7 @@ def use(
 @adapters_app.command()
 def pin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
     """Keep the current version of a name in memory, whichever that is."""
-    with reported(), _catalog_with(name, state_dir) as catalog:
+    with _catalog_with(name, state_dir) as catalog:
         catalog.pin(name)
         typer.echo(f"{name}: pinned")
 
@@ -173,7 +178,7 @@ def pin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var"
 @adapters_app.command()
 def unpin(name: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
     """Let a name leave memory like all others."""
-    with reported(), _catalog_with(name, state_dir) as catalog:
+    with _catalog_with(name, state_dir) as catalog:
         catalog.pin(name, False)
         typer.echo(f"{name}: not pinned")
 
@@ -186,7 +191,7 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Take an adapter, or one version, out of the catalog. Requests that run with it go on."""
-    with reported(), _catalog_with(name, state_dir) as catalog:
+    with _catalog_with(name, state_dir) as catalog:
         check_name(name)
         gone = catalog.remove(name, version)
         if as_json:
@@ -212,32 +217,33 @@ def merge(
     card: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Terms of the new adapter, like openlora.json.")
     ] = None,
+    config: ConfigFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
     """Make a new adapter of several. What was merged before is found, not computed again."""
-    with reported():
-        terms = None if card is None else parse_object(card.read_bytes(), str(card), MAX_CARD_BYTES)
-        with _module_bar() as follow:
-            merged = merge_adapters(
-                state_dir,
-                _base(state_dir, None),
-                name,
-                _sources(source),
-                method,
-                density=density,
-                majority_sign=majority_sign,
-                seed=seed,
-                rank=rank,
-                card=terms,
-                progress=follow,
-            )
-        if as_json:
-            typer.echo(msgspec.json.encode(merged))
-            return
-        how = "" if merged.computed else ", merged before"
-        facts = f"{merged.digest[:16]}…, rank {merged.rank}{how}"
-        typer.echo(f"{merged.name} version {merged.version}: {merged.change} ({facts})")
+    terms = None if card is None else parse_object(card.read_bytes(), str(card), MAX_CARD_BYTES)
+    with _module_bar() as follow:
+        merged = merge_adapters(
+            state_dir,
+            _base(state_dir, None),
+            name,
+            _sources(source),
+            method,
+            density=density,
+            majority_sign=majority_sign,
+            seed=seed,
+            rank=rank,
+            card=terms,
+            limits=load_section(MergeLimits, config),
+            progress=follow,
+        )
+    if as_json:
+        typer.echo(msgspec.json.encode(merged))
+        return
+    how = "" if merged.computed else ", merged before"
+    facts = f"{merged.digest[:16]}…, rank {merged.rank}{how}"
+    typer.echo(f"{merged.name} version {merged.version}: {merged.change} ({facts})")
 
 
 def _sources(texts: list[str]) -> tuple[AdapterSpec, ...]:
@@ -287,9 +293,7 @@ def _catalog_with(name: str, state_dir: Path) -> Iterator[Catalog]:
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[Event], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bars(DownloadColumn()) as bar:
         task = bar.add_task("checking the base model", total=None)
         downloads: dict[str, TaskID] = {}
 
@@ -308,9 +312,7 @@ def _progress_bar() -> Iterator[Callable[[Event], None]]:
 
 @contextmanager
 def _module_bar() -> Iterator[Callable[[ModuleMerged], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bars(MofNCompleteColumn()) as bar:
         task = bar.add_task("merging", total=None)
 
         def follow(event: ModuleMerged) -> None:

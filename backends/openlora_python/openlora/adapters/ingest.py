@@ -39,14 +39,14 @@ def ingest(
     Args:
         base: what they are checked against.
         progress: is told of every start, piece and result.
-        limits: of downloads and of the cache; default: those of the environment.
+        limits: of downloads and of the cache; default: those of no settings.
 
     Returns:
         One result a job, in order. A bad adapter is `quarantined` and the others go on; one that took the process down
         is `failed`.
 
     Raises:
-        InvalidArgument: for a name that no adapter can have, or a group has, or limits that are none.
+        InvalidArgument: for a name that no adapter can have, or a group has.
         UnsupportedModel, Internal: when nothing can be checked against this base model.
     """
     for job in jobs:
@@ -55,7 +55,7 @@ def ingest(
         for job in jobs:
             if not job.origin:  # those of a directory fail one by one
                 catalog.check_free(job.name)
-    limits = limits or SourceLimits.from_environment()
+    limits = limits or SourceLimits()
     results: dict[int, IngestResult] = {}
     while left := [index for index in range(len(jobs)) if index not in results]:
         request = IngestRequest(str(state_dir.resolve()), base, tuple(jobs[index] for index in left), limits)
@@ -74,7 +74,11 @@ def ingest(
 
 
 def sync_directory(
-    directory: Path | None, state_dir: Path, base: BaseFacts, progress: Progress | None = None
+    directory: Path | None,
+    state_dir: Path,
+    base: BaseFacts,
+    progress: Progress | None = None,
+    limits: SourceLimits | None = None,
 ) -> list[IngestResult]:
     """Make the catalog follow an --adapters directory, and tell it which base model the server runs.
 
@@ -115,7 +119,7 @@ def sync_directory(
                 conclude(IngestResult(name, "failed", reason=error.message))
             else:
                 jobs.append(IngestJob(name, str(origin / name), str(origin)))
-        results += ingest(state_dir, base, jobs, progress)
+        results += ingest(state_dir, base, jobs, progress, limits)
         for record in catalog.remove_absent(str(origin), folders):
             results.append(IngestResult(record.name, "removed", record.version, record.digest))
     return results

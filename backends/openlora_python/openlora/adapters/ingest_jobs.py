@@ -11,7 +11,7 @@ from .catalog_rows import BaseFacts
 from .chain_view import CHAIN_ORIGIN
 from .ingest import Progress, ingest
 from .ingest_worker import CACHE_DIRECTORY, IngestJob, IngestResult, known_records
-from .sources import SourceUri, is_uri, parse_uri
+from .sources import SourceLimits, SourceUri, is_uri, parse_uri
 from .store import AdapterStore
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -50,7 +50,11 @@ def _check_lazy(uri: SourceUri, digest: str) -> None:
 
 
 def fetch_evicted(
-    state_dir: Path, base: BaseFacts, names: Sequence[str], progress: Progress | None = None
+    state_dir: Path,
+    base: BaseFacts,
+    names: Sequence[str],
+    progress: Progress | None = None,
+    limits: SourceLimits | None = None,
 ) -> list[IngestResult]:
     """Bring back the bytes of all ready versions of `names` (none = of every name) that aren't in the cache.
 
@@ -72,7 +76,7 @@ def fetch_evicted(
         for record in ready
         if (not names or record.name in names) and not store.holds(record.digest)
     ]
-    return ingest(state_dir, base, jobs, progress)
+    return ingest(state_dir, base, jobs, progress, limits)
 
 
 def check_result(result: IngestResult) -> None:

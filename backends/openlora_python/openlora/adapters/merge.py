@@ -98,7 +98,7 @@ def merge(
         sources: with weights; versions as in a request.
         method: one of `merge_plan.METHODS`; the settings after it as in `MergePlan.of`.
         card: terms of the new adapter, as in `openlora.json`.
-        limits: default: those of the environment.
+        limits: default: those of no settings.
         progress: is told of every module that is done.
 
     Raises:
@@ -129,7 +129,7 @@ def merge(
         tuple(source.name for source in sources),
         plan,
         card,
-        limits or MergeLimits.from_environment(),
+        limits or MergeLimits(),
     )
     prepared = prepare(request)
     return prepared if isinstance(prepared, MergeResult) else _computed(request, progress)
@@ -212,13 +212,13 @@ def _check_quota(merged: Iterable[AdapterRecord], store: AdapterStore, more: int
     if len(digests) >= limits.max_adapters:
         raise Overloaded(
             f"{len(digests)} merged adapters are in the catalog, {limits.max_adapters} are allowed: remove some with "
-            "`openlora adapters remove`, or raise OPENLORA_MERGE__MAX_ADAPTERS"
+            "`openlora adapters remove`, or raise merge.max_adapters"
         )
     held = sum((store.path(digest) / WEIGHTS_FILE).stat().st_size for digest in digests)
     if held + more > limits.max_bytes:
         raise Overloaded(
             f"merged adapters take {held >> 20} MiB and this one {more >> 20} MiB, {limits.max_bytes >> 20} MiB are "
-            "allowed: remove some with `openlora adapters remove`, or raise OPENLORA_MERGE__MAX_BYTES"
+            "allowed: remove some with `openlora adapters remove`, or raise merge.max_bytes"
         )
 
 
@@ -237,7 +237,7 @@ def _computed(request: MergeRequest, progress: Progress | None) -> MergeResult:
     if end.status == -signal.SIGXCPU:
         raise Unavailable(
             f"the merge took more than {request.limits.max_cpu_seconds} s of CPU time and was ended; "
-            "OPENLORA_MERGE__MAX_CPU_SECONDS allows more"
+            "merge.max_cpu_seconds allows more"
         )
     if end.status == -signal.SIGKILL:
         raise Unavailable("the merge process was killed, by hand or for want of memory; nothing was changed")

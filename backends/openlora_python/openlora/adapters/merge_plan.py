@@ -15,20 +15,18 @@ from typing import Annotated, Literal
 import msgspec
 import rfc8785
 from msgspec import Meta
+from pydantic import Field
 
 from ..engine.api import WEIGHT_ONE
 from ..errors import InvalidArgument
-from .environment import limits_from_environment
 
 KEY_DOMAIN = b"openlora/merge/v1"
 RECORD_KEY = "openlora_merge"  # in the metadata of the merged safetensors file
 MAX_SOURCES = 8  # as in a request
 MAX_SEED = 2**53 - 1  # RFC 8785 writes larger integers as rounded doubles
-ENVIRONMENT_PREFIX = "OPENLORA_MERGE__"
 
 MajoritySign = Literal["total", "frequency"]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-Positive = Annotated[int, Meta(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,6 @@ class MergeMethod:
     space: Literal["rows", "factors", "low_rank", "dense"]
     settings: frozenset[str]
     summary: str
-
-    @property
-    def truncates(self) -> bool:
-        return self.space in ("low_rank", "dense")
 
 
 METHODS: Mapping[str, MergeMethod] = MappingProxyType(
@@ -88,7 +82,7 @@ class MergePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     density: Annotated[int, Meta(gt=0, le=WEIGHT_ONE)] | None = None  # part of the entries that stays, 1e-6 units
     majority_sign: MajoritySign | None = None
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
-    rank: Positive | None = None
+    rank: Annotated[int, Meta(gt=0)] | None = None
     schema: Literal[1] = 1  # changes whenever the arithmetic does
 
     @classmethod
@@ -170,15 +164,16 @@ def read_record(text: str) -> MergePlan:
     return plan
 
 
+Positive = Annotated[int, Field(gt=0)]
+
+
 @dataclass(frozen=True)
 class MergeLimits:
-    """What merging may take of this node: each is `OPENLORA_MERGE__` and its name in capitals in the environment."""
+    """What merging may take of this node: `merge` of the settings."""
+
+    __pydantic_config__ = {"extra": "forbid"}
 
     max_adapters: Positive = 64  # different merged adapters in one catalog
     max_bytes: Positive = 16 << 30  # of their weights
     max_memory_bytes: Positive = 8 << 30  # of one merge at work
     max_cpu_seconds: Positive = 7200  # of one merge
-
-    @classmethod
-    def from_environment(cls) -> MergeLimits:
-        return limits_from_environment(cls, ENVIRONMENT_PREFIX)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..command_errors import reported
+from ..command_group import command_group
 from ..errors import AdapterNotFound, InvalidArgument
 from .catalog_file import CATALOG_FILE
 from .catalog_reader import CatalogReader
@@ -22,7 +22,7 @@ from .routes import Group, Routes, RoutesReader, Target
 StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the server keeps its state.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
 
-routes_app = typer.Typer(help="Names that stand for adapters: groups with weights, and tasks.", no_args_is_help=True)
+routes_app = command_group("Names that stand for adapters: groups with weights, and tasks.")
 
 
 @routes_app.command("set")
@@ -36,18 +36,17 @@ def set_group(
     as_json: AsJson = False,
 ) -> None:
     """Make a group, or change the one of this name: each request that names it gets one of its targets, by weight."""
-    with reported():
-        with CatalogReader(state_dir / CATALOG_FILE) as catalog:
-            targets = tuple(_target(text, catalog) for text in to)
-        with Routes(state_dir / CATALOG_FILE) as routes:
-            group = routes.set_group(Group(name, targets, skip_unready))
-        typer.echo(json.dumps(asdict(group)) if as_json else f"{group.name}: {_shown(group)}")
+    with CatalogReader(state_dir / CATALOG_FILE) as catalog:
+        targets = tuple(_target(text, catalog) for text in to)
+    with Routes(state_dir / CATALOG_FILE) as routes:
+        group = routes.set_group(Group(name, targets, skip_unready))
+    typer.echo(json.dumps(asdict(group)) if as_json else f"{group.name}: {_shown(group)}")
 
 
 @routes_app.command("list")
 def list_routes(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
     """All groups, how their targets do, and which adapters are preferred for tasks."""
-    with reported(), CatalogReader(state_dir / CATALOG_FILE) as catalog:
+    with CatalogReader(state_dir / CATALOG_FILE) as catalog:
         with Routes(state_dir / CATALOG_FILE):
             reader = RoutesReader(state_dir / CATALOG_FILE)
         groups, preferences = reader.groups(), reader.preferences()
@@ -74,7 +73,7 @@ def list_routes(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> N
 @routes_app.command()
 def remove(name: Annotated[str, typer.Argument(help="Of a group.")], state_dir: StateDir = Path("var")) -> None:
     """Take a group away. Its adapters stay."""
-    with reported(), _routes(state_dir) as routes:
+    with _routes(state_dir) as routes:
         routes.remove_group(name)
         typer.echo(f"{name}: removed")
 
@@ -86,20 +85,19 @@ def prefer(
     state_dir: StateDir = Path("var"),
 ) -> None:
     """Of several adapters for a task, requests that name the task get this one."""
-    with reported():
-        with CatalogReader(state_dir / CATALOG_FILE) as catalog:
-            declared = (catalog.find(name).card or {}).get("tasks", [])
-        if task not in declared:
-            raise InvalidArgument(f"the card of {name!r} declares {declared}, not {task!r:.80}", field="task")
-        with _routes(state_dir) as routes:
-            routes.prefer(task, name)
-        typer.echo(f"task {task}: {name}")
+    with CatalogReader(state_dir / CATALOG_FILE) as catalog:
+        declared = (catalog.find(name).card or {}).get("tasks", [])
+    if task not in declared:
+        raise InvalidArgument(f"the card of {name!r} declares {declared}, not {task!r:.80}", field="task")
+    with _routes(state_dir) as routes:
+        routes.prefer(task, name)
+    typer.echo(f"task {task}: {name}")
 
 
 @routes_app.command()
 def forget(task: Annotated[str, typer.Argument()], state_dir: StateDir = Path("var")) -> None:
     """Prefer no adapter for a task any more."""
-    with reported(), _routes(state_dir) as routes:
+    with _routes(state_dir) as routes:
         routes.forget(task)
         typer.echo(f"task {task}: no preference")
 

@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from typing import Annotated, Protocol
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from msgspec import Meta
+from pydantic import Field
 
 from ..errors import InvalidArgument
-from .environment import limits_from_environment
 
-ENVIRONMENT_PREFIX = "OPENLORA_SOURCES__"
 HTTP_SCHEMES = ("http", "https")
 DRIVERS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "hf": ("huggingface_hub", "hf")}  # module, extra of ours
 MAX_URI_LENGTH = 2048
 HIDDEN = "…"
 MIN_BYTES_PER_SECOND = 1024  # on average over a stall's time
 
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
 class SourceLimits:
-    """How sources are read and how much is kept: `OPENLORA_SOURCES__` and the name in capitals in the environment."""
+    """How sources are read and how much is kept: `sources` of the settings."""
+
+    __pydantic_config__ = {"extra": "forbid"}
 
     attempts: Positive = 5  # in a row that bring nothing new
     first_wait_seconds: Seconds = 0.5  # at most; doubled after every further attempt …
@@ -43,10 +43,6 @@ class SourceLimits:
     part_age_seconds: Positive = 86_400
     cache_bytes: Positive | None = None  # of all adapters on disk; None = what the disk holds
     keep_seconds: Positive = 900  # what was used within these isn't evicted: longer than any request may run
-
-    @classmethod
-    def from_environment(cls) -> SourceLimits:
-        return limits_from_environment(cls, ENVIRONMENT_PREFIX)
 
 
 class SourceFault(Exception):

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ..access_rule import AccessRule
 from ..errors import InvalidArgument
+from ..validation import first_fault
 from .blobs import MAX_PRICE, NO_OWNER
 
 WHOLE = 1_000_000  # shares are in parts per million
@@ -131,6 +132,5 @@ def parse_card(document: Any) -> Card:
     try:
         return Card.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in ("card", *first["loc"]))
-        raise InvalidArgument(first["msg"], field=place) from error
+        place, words = first_fault(error, "card")
+        raise InvalidArgument(words, field=place) from error

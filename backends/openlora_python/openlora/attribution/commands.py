@@ -13,16 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..command_errors import reported
+from ..command_group import command_group
+from .frames import STATUS_NAMES
 from .log import LoggedReceipt, ReceiptLog
 from .log_commands import export, fsck, rotate
 from .proof_commands import checkpoint, cosign, prove
 from .receipt_lookup import find_receipt
 from .verify_command import verify
 
-_STATUS = {1: "complete", 2: "cancelled", 3: "error", 4: "aborted"}
-
-receipts_app = typer.Typer(help="Receipts: list, show, verify, prove and export them.", no_args_is_help=True)
+receipts_app = command_group("Receipts: list, show, verify, prove and export them.")
 
 StateDir = Annotated[Path, typer.Option(help="The server's state directory.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON, one receipt per line.")]
@@ -38,7 +37,7 @@ def list_receipts(
     as_json: Json = False,
 ) -> None:
     """The newest receipts, oldest first."""
-    with reported(), closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+    with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
         logged = log.list(max(0, log.size() - limit), limit)
         if as_json:
             for one in logged:
@@ -58,7 +57,7 @@ def show_receipt(
     salts: Annotated[bool, typer.Option("--salts", help="With the salts, which open the texts' commitments.")] = False,
 ) -> None:
     """One receipt with its blobs."""
-    with reported(), closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+    with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
         document = log.receipt_json(find_receipt(log, which), with_salts=salts)
     if as_json:
         print(json.dumps(document))
@@ -80,7 +79,7 @@ def _row(logged: LoggedReceipt, adapters: list[dict[str, Any]]) -> list[str]:
     return [
         str(logged.seq),
         receipt.request_id.hex()[:12] + "…",
-        _STATUS[receipt.status],
+        STATUS_NAMES[receipt.status],
         " ".join(f"{one['digest'][:8]}×{one['weight'] / 1_000_000:g}" for one in adapters) or "base",
         str(receipt.in_tokens),
         str(receipt.out_tokens),

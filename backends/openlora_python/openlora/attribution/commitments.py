@@ -20,7 +20,6 @@ ADAPTERS_TAG = b"openlora/adapters/v1"
 TERMS_TAG = b"openlora/terms/v1"
 ORIGIN_TAG = b"openlora/origin/v1"
 MODEL_TERMS_TAG = b"openlora/model-terms/v1"
-PARAMETERS_TAG = b"openlora/parameters/v1"
 
 SALT_BYTES = 32
 

@@ -23,6 +23,7 @@ STATUS_COMPLETE = 1
 STATUS_CANCELLED = 2
 STATUS_ERROR = 3
 STATUS_ABORTED = 4
+STATUS_NAMES = {1: "complete", 2: "cancelled", 3: "error", 4: "aborted"}
 
 MAX_PAYLOAD = 16 << 20
 _LENGTH = struct.Struct("<I")

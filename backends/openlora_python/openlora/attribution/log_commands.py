@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
-from ..command_errors import reported
 from ..errors import InvalidArgument
+from ..progress import progress_bars
 from .custody import rotate as close_and_follow
 from .export import LogExport, write_export
 from .fsck import check_export, check_log
@@ -30,7 +29,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write everything that others need to check and to settle the log, up to its newest checkpoint. No salts."""
-    with reported(), closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+    with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
         with _progress("exporting") as progress:
             size = write_export(log, directory, progress)
         facts = {"log": log.key.log_id.hex(), "receipts": size, "directory": str(directory)}
@@ -43,7 +42,7 @@ def fsck(
     as_json: AsJson = False,
 ) -> None:
     """Recompute everything from the raw leaves; print what is wrong and exit 1 if something is."""
-    with reported(), _progress("checking") as progress:
+    with _progress("checking") as progress:
         if exported is not None:
             read = LogExport(exported)
             size, faults = read.size, list(check_export(read, progress))
@@ -63,12 +62,11 @@ def fsck(
 
 def rotate(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
     """Close the log and open one that names it as its predecessor. The server must be stopped."""
-    with reported():
-        if not (state_dir / "log" / "receipts.sqlite").exists():
-            raise InvalidArgument(f"no receipt log in {state_dir}", field="state-dir")
-        with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
-            old = log.key
-        new = close_and_follow(state_dir)
+    if not (state_dir / "log" / "receipts.sqlite").exists():
+        raise InvalidArgument(f"no receipt log in {state_dir}", field="state-dir")
+    with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+        old = log.key
+    new = close_and_follow(state_dir)
     closed = closed_directory(state_dir, old)
     if as_json:
         typer.echo(json.dumps({"closed": str(closed), "log": new.line}))
@@ -79,7 +77,6 @@ def rotate(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, where somebody looks at it."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bars(TaskProgressColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(what)
         yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..command_errors import reported
-from ..config import load_settings
+from ..config import AttributionSettings, load_section
 from ..errors import InvalidArgument, Unavailable
 from .checkpoint import verify_checkpoint
 from .log import ReceiptLog
@@ -30,7 +29,7 @@ def prove(
     state_dir: StateDir = Path("var"),
 ) -> None:
     """A file that proves a receipt offline: receipt, place in the log's tree, signed checkpoint, cosignatures."""
-    with reported(), closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+    with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
         proof = str(make_proof(log, find_receipt(log, which), with_salts=salts)).encode()
         if out is None:
             typer.echo(proof, nl=False)
@@ -46,7 +45,7 @@ def checkpoint(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """The newest checkpoint that the log signed."""
-    with reported(), closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+    with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
         note = newest_note(log)
         if note is None:
             raise Unavailable("the log has no checkpoint yet: a running server signs one about every second")
@@ -67,8 +66,8 @@ def cosign(
     state_dir: StateDir = Path("var"),
 ) -> None:
     """Ask witnesses to cosign the newest checkpoint. Beside a server: it never waits for witnesses."""
-    with reported(), ExitStack() as stack:
-        lines = [*(witness or []), *(load_settings(config).attribution.witnesses if config is not None else ())]
+    with ExitStack() as stack:
+        lines = [*(witness or []), *load_section(AttributionSettings, config).witnesses]
         if not lines:
             raise InvalidArgument("name witnesses with --witness or --config", field="witness")
         clients = [stack.enter_context(closing(WitnessClient(WitnessAddress.parse(line)))) for line in lines]

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..command_errors import reported
-from ..errors import InvalidArgument, ReceiptInvalid
+from ..errors import EXIT_LOG_UNKNOWN, InvalidArgument, ReceiptInvalid
 from .log import ReceiptLog
 from .log_key import LogKey, load_known_logs, load_log_key
 from .proof import ProofVerification, ReceiptProof, is_proof, parse_proof, verify_proof
@@ -22,8 +21,6 @@ from .receipt_json import parse_receipt_document
 from .receipt_lookup import is_number
 from .signed_note import NoteKey
 from .verify import Verification, verify_receipt
-
-EXIT_LOG_UNKNOWN = 3
 
 _PAGE = 1_000
 
@@ -60,33 +57,32 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object as the result.")] = False,
 ) -> None:
     """Verify receipts offline. Exits 0 when all are valid, 1 when one is not, 3 when no pinned key knows the log."""
-    with reported():
-        if (what is None) != every or (log_key is not None and known_logs is not None):
-            raise InvalidArgument("give FILE, -, SEQ or --all, and at most one of --log and --known-logs")
-        witnesses = [NoteKey.parse(one) for one in witness or []]
-        if quorum is not None and quorum > len(witnesses):
-            raise InvalidArgument(f"{quorum} of {len(witnesses)} witnesses", field="quorum")
-        logs = load_known_logs(known_logs) if known_logs is not None else []
-        pins = _Pins(
-            load_log_key(log_key) if log_key is not None else None,
-            {"0x" + key.log_id.hex(): key for key in logs},
-            witnesses,
-            quorum or len(witnesses),
-            _text(prompt_file),
-            _text(output_file),
-        )
-        count, unknown, last = 0, 0, None
-        proven = None
-        for one in _receipts(what, state_dir):
-            if isinstance(one, ReceiptProof):
-                proven = _verify_proof(one, pins)
-                last = proven.receipt
-            elif witnesses:
-                raise InvalidArgument("only a proof file has cosignatures", field="witness")
-            else:
-                last = _verify_one(one, pins)
-            count += 1
-            unknown += not last.known
+    if (what is None) != every or (log_key is not None and known_logs is not None):
+        raise InvalidArgument("give FILE, -, SEQ or --all, and at most one of --log and --known-logs")
+    witnesses = [NoteKey.parse(one) for one in witness or []]
+    if quorum is not None and quorum > len(witnesses):
+        raise InvalidArgument(f"{quorum} of {len(witnesses)} witnesses", field="quorum")
+    logs = load_known_logs(known_logs) if known_logs is not None else []
+    pins = _Pins(
+        load_log_key(log_key) if log_key is not None else None,
+        {"0x" + key.log_id.hex(): key for key in logs},
+        witnesses,
+        quorum or len(witnesses),
+        _text(prompt_file),
+        _text(output_file),
+    )
+    count, unknown, last = 0, 0, None
+    proven = None
+    for one in _receipts(what, state_dir):
+        if isinstance(one, ReceiptProof):
+            proven = _verify_proof(one, pins)
+            last = proven.receipt
+        elif witnesses:
+            raise InvalidArgument("only a proof file has cosignatures", field="witness")
+        else:
+            last = _verify_one(one, pins)
+        count += 1
+        unknown += not last.known
     _print_result(count, unknown, last, proven, as_json)
     if unknown:
         raise typer.Exit(EXIT_LOG_UNKNOWN)

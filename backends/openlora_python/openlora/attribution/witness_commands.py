@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ..command_errors import reported
+from ..command_group import command_group
 from .keys import load_key
 from .log_key import load_known_logs
 from .witness import Witness
 
-witness_app = typer.Typer(help="A witness of receipt logs.", no_args_is_help=True)
+witness_app = command_group("A witness of receipt logs.")
 
 
 @witness_app.callback()
@@ -36,8 +36,7 @@ def serve(
 
     from .witness_server import create_witness_app  # brings FastAPI
 
-    with reported():
-        private = Ed25519PrivateKey.from_private_bytes(load_key(key, create=True))
-        with closing(Witness(state_dir, load_known_logs(known_logs), private, name)) as witness:
-            typer.echo(f"http://{host}:{port} {witness.public.vkey}")
-            uvicorn.run(create_witness_app(witness), host=host, port=port, log_level="warning")
+    private = Ed25519PrivateKey.from_private_bytes(load_key(key, create=True))
+    with closing(Witness(state_dir, load_known_logs(known_logs), private, name)) as witness:
+        typer.echo(f"http://{host}:{port} {witness.public.vkey}")
+        uvicorn.run(create_witness_app(witness), host=host, port=port, log_level="warning")

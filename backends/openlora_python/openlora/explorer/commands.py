@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..command_errors import reported
 from ..errors import InvalidArgument
+from ..network.arguments import DeploymentFile
 
 if TYPE_CHECKING:
     from .settlement_view import SettlementView
@@ -17,21 +17,20 @@ if TYPE_CHECKING:
 
 def explore(
     state_dir: Annotated[Path, typer.Option(help="The server's state directory; it is only read.")] = Path("var"),
-    deployment: Annotated[Path | None, typer.Option(help="The contracts' deployment file, for settlement.")] = None,
+    deployment: DeploymentFile = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 9100,
 ) -> None:
-    """Serve a page to look at: receipts, adapters and settlement, and a verifier that runs in the browser."""
+    """Serve a page to look at: receipts, adapters, settlement of the deployment if one is given, and a verifier."""
     from .server import PageServer  # brings FastAPI, which no other command should wait for
     from .settlement_view import SettlementView
 
-    with reported():
-        if not state_dir.is_dir():
-            raise InvalidArgument(f"no state directory at {state_dir}", field="state-dir")
-        view = SettlementView()
-        server = PageServer(state_dir, view, host, port)
-        with _reader(state_dir, deployment, view):
-            server.run()
+    if not state_dir.is_dir():
+        raise InvalidArgument(f"no state directory at {state_dir}", field="state-dir")
+    view = SettlementView()
+    server = PageServer(state_dir, view, host, port)
+    with _reader(state_dir, deployment, view):
+        server.run()
 
 
 def _reader(state_dir: Path, deployment: Path | None, view: SettlementView) -> AbstractContextManager[object]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..attribution.commitments import ADAPTERS_TAG
+from ..attribution.frames import STATUS_NAMES
 from ..attribution.log import LoggedReceipt, ReceiptLog
 from ..errors import InvalidArgument
 from .proofs import ProofMaker
 
-STATUS_NAMES = {1: "complete", 2: "cancelled", 3: "error", 4: "aborted"}
 SCANNED = 100_000  # receipts that one search by adapter looks at; the next page goes on behind them
 
 _ADAPTERS_HASH = "substr(leaf, 225, 32)"  # the leaf's eighth word

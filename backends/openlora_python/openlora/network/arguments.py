@@ -14,12 +14,22 @@ from ..errors import InvalidArgument
 DEVNET_DEPLOYMENT = Path("var/devnet/deployment.json")
 
 DeploymentFile = Annotated[
-    Path,
+    Path | None,
     typer.Option("--deployment", metavar="FILE", envvar="OPENLORA_NETWORK__DEPLOYMENT", help="The deployment file."),
 ]
 Key = Annotated[Path, typer.Option("--key", metavar="FILE", help="Whose account sends: 64 hex digits, mode 0600.")]
 StateDir = Annotated[Path, typer.Option("--state-dir", help="The server's state directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
+
+
+def deployment_file(given: Path | None) -> Path:
+    """`given`, or else that of a devnet in this directory. InvalidArgument: there is none either."""
+    if given is None and not DEVNET_DEPLOYMENT.is_file():
+        raise InvalidArgument(
+            "no deployment file: give --deployment FILE, or OPENLORA_NETWORK__DEPLOYMENT in the environment",
+            field="deployment",
+        )
+    return given or DEVNET_DEPLOYMENT
 
 
 def parse_address(text: str, field: str) -> str:

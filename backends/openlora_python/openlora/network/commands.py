@@ -11,16 +11,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..command_errors import reported
-from ..config import NetworkSettings, load_settings
+from ..adapters.sources import SourceLimits
+from ..command_group import command_group
+from ..config import NetworkSettings, load_section
 from ..errors import InvalidArgument, OpenLoRAError
-from .arguments import DEVNET_DEPLOYMENT, AsJson, DeploymentFile, Key, StateDir, parse_address, parse_whole
+from .arguments import AsJson, DeploymentFile, Key, StateDir, deployment_file, parse_address, parse_whole
 from .owner_commands import publish_parameters, publish_terms, register_log, register_model, revoke, set_access
 
 if TYPE_CHECKING:
     from .sync import Synced
 
-network_app = typer.Typer(help="The chain: contracts, models, logs, parameters.", no_args_is_help=True)
+network_app = command_group("The chain: contracts, models, logs, parameters.")
 
 
 @network_app.command("deploy")
@@ -47,29 +48,28 @@ def deploy_contracts(
     from .rpc import reaching
     from .signer import load_signer
 
-    with reported():
-        if out.exists():
-            raise InvalidArgument(f"{out} exists: that deployment would be forgotten", field="out")
-        web3 = connect(rpc_url)
-        with reaching(rpc_url):
-            chain_id = web3.eth.chain_id
-        account = load_signer(key, chain_id, rpc_url)
-        plan = DeploymentPlan(
-            notice_seconds,
-            delay_seconds,
-            parse_whole(epoch_cap, "epoch_cap"),
-            threshold,
-            [parse_address(one, "publisher") for one in publisher],
-            [parse_address(one, "attestor") for one in attestor],
-            [parse_address(one, "guardian") for one in guardian],
-            None if token is None else parse_address(token, "token"),
-            "finalized" if confirmations == "finalized" else parse_whole(confirmations, "confirmations"),
-        )
-        console = Console(stderr=True)
-        with console.status("…") as status:
-            deployment = deploy(web3, account, plan, status.update)
-        deployment.save(out)
-        typer.echo(deployment.model_dump_json() if as_json else f"deployed on chain {chain_id}; see {out}")
+    if out.exists():
+        raise InvalidArgument(f"{out} exists: that deployment would be forgotten", field="out")
+    web3 = connect(rpc_url)
+    with reaching(rpc_url):
+        chain_id = web3.eth.chain_id
+    account = load_signer(key, chain_id, rpc_url)
+    plan = DeploymentPlan(
+        notice_seconds,
+        delay_seconds,
+        parse_whole(epoch_cap, "epoch_cap"),
+        threshold,
+        [parse_address(one, "publisher") for one in publisher],
+        [parse_address(one, "attestor") for one in attestor],
+        [parse_address(one, "guardian") for one in guardian],
+        None if token is None else parse_address(token, "token"),
+        "finalized" if confirmations == "finalized" else parse_whole(confirmations, "confirmations"),
+    )
+    console = Console(stderr=True)
+    with console.status("…") as status:
+        deployment = deploy(web3, account, plan, status.update)
+    deployment.save(out)
+    typer.echo(deployment.model_dump_json() if as_json else f"deployed on chain {chain_id}; see {out}")
 
 
 for _command in (register_model, publish_terms, set_access, revoke, register_log, publish_parameters):
@@ -77,9 +77,7 @@ for _command in (register_model, publish_terms, set_access, revoke, register_log
 
 
 @network_app.command("status")
-def status(
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT, state_dir: StateDir = Path("var"), as_json: AsJson = False
-) -> None:
+def status(deployment: DeploymentFile = None, state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:
     """The chain, its parameters, and the view that the server of a state directory goes by."""
     from ..adapters.catalog_file import CATALOG_FILE
     from ..adapters.catalog_reader import CatalogReader
@@ -89,42 +87,41 @@ def status(
     from .deployment import Deployment
     from .registry_state import registry_view
 
-    with reported():
-        chain = Deployment.load(deployment)
-        web3 = chain.connect()
-        facts = read_facts(web3, chain)
-        registry = registry_view(facts.events, facts.headers[facts.head])
-        tree: dict[str, Any] = {
-            "chain_id": chain.chain_id,
-            "final_block": facts.head,
-            "parameters": None if registry.parameters is None else json.loads(registry.parameters.document),
-            "models_in_force": len(registry.models),
-            "view": None,
-        }
-        if (state_dir / CATALOG_FILE).is_file():
-            with CatalogReader(state_dir / CATALOG_FILE) as reader:
-                view = reader.chain_view()
-                ready = reader.page(AdapterFilter(status="ready", current=True)).records
-            names = [record.name for record in ready if record.origin == CHAIN_ORIGIN]
-            if view is not None:
-                tree["view"] = {
-                    "block": view.number,
-                    "age_seconds": round(time.time() - view.read_at, 1),
-                    "base_card": view.base_card is not None,
-                    "adapters": names,
-                }
-        if as_json:
-            typer.echo(json.dumps(tree))
-            return
-        for name, value in tree.items():
-            typer.echo(f"{name:>16}  {value if isinstance(value, int) else json.dumps(value)}")
+    chain = Deployment.load(deployment_file(deployment))
+    web3 = chain.connect()
+    facts = read_facts(web3, chain)
+    registry = registry_view(facts.events, facts.headers[facts.head])
+    tree: dict[str, Any] = {
+        "chain_id": chain.chain_id,
+        "final_block": facts.head,
+        "parameters": None if registry.parameters is None else json.loads(registry.parameters.document),
+        "models_in_force": len(registry.models),
+        "view": None,
+    }
+    if (state_dir / CATALOG_FILE).is_file():
+        with CatalogReader(state_dir / CATALOG_FILE) as reader:
+            view = reader.chain_view()
+            ready = reader.page(AdapterFilter(status="ready", current=True)).records
+        names = [record.name for record in ready if record.origin == CHAIN_ORIGIN]
+        if view is not None:
+            tree["view"] = {
+                "block": view.number,
+                "age_seconds": round(time.time() - view.read_at, 1),
+                "base_card": view.base_card is not None,
+                "adapters": names,
+            }
+    if as_json:
+        typer.echo(json.dumps(tree))
+        return
+    for name, value in tree.items():
+        typer.echo(f"{name:>16}  {value if isinstance(value, int) else json.dumps(value)}")
 
 
 @network_app.command("sync")
 def sync_catalog(
     config: Annotated[Path | None, typer.Option(help="The server's YAML file, for its `network` section.")] = None,
     allow: Annotated[list[str], typer.Option("--allow", help="An owner to follow, beside the settings'.")] = [],  # noqa: B006
-    deployment: Annotated[Path | None, typer.Option("--deployment", help="Default: the settings'.")] = None,
+    deployment: DeploymentFile = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until stopped.")] = False,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
@@ -133,30 +130,29 @@ def sync_catalog(
     from .deployment import Deployment
     from .sync import POLL_SECONDS, CatalogSync, only_sync
 
-    with reported():
-        settings = _network_settings(config, deployment, allow)
-        chain = Deployment.load(settings.deployment)
-        console = Console(stderr=True)
-        with only_sync(state_dir):
-            sync = CatalogSync(state_dir, settings, chain, chain.connect())
-            try:
-                with console.status("reading the chain") as status:
-                    _told(sync.once(status.update), as_json)
-                while follow:
-                    time.sleep(POLL_SECONDS)
-                    try:
-                        synced = sync.follow()
-                    except OpenLoRAError as error:
-                        if error.code != "UNAVAILABLE":
-                            raise
-                        console.print(f"{error}", markup=False)
-                        continue
-                    if synced.added or synced.removed:
-                        _told(synced, as_json)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sync.close()
+    settings = _network_settings(config, deployment, allow)
+    chain = Deployment.load(settings.deployment)
+    console = Console(stderr=True)
+    with only_sync(state_dir):
+        sync = CatalogSync(state_dir, settings, chain, chain.connect(), load_section(SourceLimits, config))
+        try:
+            with console.status("reading the chain") as status:
+                _told(sync.once(status.update), as_json)
+            while follow:
+                time.sleep(POLL_SECONDS)
+                try:
+                    synced = sync.follow()
+                except OpenLoRAError as error:
+                    if error.code != "UNAVAILABLE":
+                        raise
+                    console.print(f"{error}", markup=False)
+                    continue
+                if synced.added or synced.removed:
+                    _told(synced, as_json)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sync.close()
 
 
 def _told(synced: Synced, as_json: bool) -> None:
@@ -183,10 +179,7 @@ def _told(synced: Synced, as_json: bool) -> None:
 
 
 def _network_settings(config: Path | None, deployment: Path | None, allow: list[str]) -> NetworkSettings:
-    # The section alone is wanted; a model is named only because settings without one are none.
-    network = load_settings(config, model=None if config else Path()).network
+    network = load_section(NetworkSettings, config)
     owners = (*network.allowed_owners, *(parse_address(one, "allow") for one in allow))
-    file = deployment or network.deployment
-    if file is None:
-        raise InvalidArgument("no deployment file: give --deployment, or --config with network.deployment")
+    file = deployment_file(deployment or network.deployment)
     return network.model_copy(update={"deployment": file, "allowed_owners": owners})

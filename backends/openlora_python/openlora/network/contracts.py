@@ -26,6 +26,8 @@ LATEST = "latest"
 
 
 class _Bound:
+    """A contract of its class's name."""
+
     def __init__(self, web3: Web3, address: str) -> None:
         self.address = address
         self.contract: Contract = contract_at(web3, type(self).__name__, address)
@@ -43,20 +45,18 @@ class _Bound:
 class RegisteredModel:
     """The newest version of a model's terms; `terms_version` 0 = not registered."""
 
-    base: bytes
+    base: bytes  # manifest digest; zero: it is a base model
     terms_version: int
     terms_hash: bytes
-    effective_at: int
+    effective_at: int  # Unix seconds
     revoked: bool
 
 
 class AdapterRegistry(_Bound):
+    """Models with their terms and access, and the network's parameters: JSON documents, in force after the notice."""
+
     def model_of(self, owner: str, digest: bytes, block: Block = LATEST) -> RegisteredModel:
         return RegisteredModel(*self._view("modelOf", owner, digest, block=block))
-
-    def notice(self) -> int:
-        """Seconds until later versions are in force."""
-        return self._view("notice")
 
     def register(self, digest: bytes, base: bytes, name: str, uri: str, terms: str) -> ContractFunction:
         return self._change("register", digest, base, name, uri, terms)
@@ -76,34 +76,35 @@ class AdapterRegistry(_Bound):
 
 @dataclass(frozen=True)
 class LogHead:
-    size: int
-    root: bytes
+    """What was anchored last of a log."""
+
+    size: int  # receipts
+    root: bytes  # of their RFC 6962 tree
     submitter: str  # zero address: closed, or not registered
 
 
 class AttributionLog(_Bound):
+    """Receipt logs and their anchored heads, by log id."""
+
     def head_of(self, log_id: bytes, block: Block = LATEST) -> LogHead:
         return LogHead(*self._view("headOf", log_id, block=block))
 
-    def owner_of(self, log_id: bytes) -> str:
-        """Zero address: not registered."""
-        return self._view("ownerOf", log_id)
-
     def register_log(self, key: LogKey, submitter: str, payee: str, signature: bytes) -> ContractFunction:
+        """`payee` earns the node's part, for good; `signature`: the receipt key's, as `registration_signature`."""
         init = (key.origin_hash, key.signer, key.checkpoint_key, key.nonce, key.predecessor)
         return self._change("registerLog", init, submitter, payee, signature)
-
-    def set_submitter(self, log_id: bytes, submitter: str) -> ContractFunction:
-        return self._change("setSubmitter", log_id, submitter)
 
     def anchor(
         self, log_id: bytes, previous_size: int, previous_root: bytes, size: int, root: bytes
     ) -> ContractFunction:
+        """Compare and set: refused unless the head is (`previous_size`, `previous_root`)."""
         return self._change("anchor", log_id, previous_size, previous_root, size, root)
 
 
 @dataclass(frozen=True)
 class Totals:
+    """Of all accepted epochs, in the token's smallest unit."""
+
     total: int
     claimed: int
     paused: bool
@@ -111,33 +112,36 @@ class Totals:
 
 @dataclass(frozen=True)
 class Pending:
+    """The proposal that waits for its attestations and its delay."""
+
     hash: bytes  # zero: nothing is pending
-    valid_at: int
+    valid_at: int  # Unix seconds; accepted from then on
 
 
 class RewardDistributor(_Bound):
+    """Deposits of logs, epochs of rewards as cumulative Merkle roots, and claims from the accepted one."""
+
     def deposit(self, log_id: bytes, amount: int) -> ContractFunction:
+        """From the sender, who has approved the distributor for so much; there is no way back."""
         return self._change("deposit", log_id, amount)
 
     def propose(self, root: bytes, total: int, allocations: Sequence[Allocation]) -> ContractFunction:
+        """`total`: cumulative, of all epochs up to this one."""
         return self._change("propose", root, total, [one.words for one in allocations])
 
     def accept(
         self, epoch: int, root: bytes, total: int, allocations: Sequence[Allocation], signatures: Sequence[bytes]
     ) -> ContractFunction:
+        """`signatures`: of attestors, 65 bytes each, by ascending address."""
         return self._change("accept", epoch, root, total, [one.words for one in allocations], list(signatures))
 
     def claim(self, account: str, cumulative: int, proof: Sequence[bytes]) -> ContractFunction:
+        """Pays `account` what of `cumulative`, its reward in the accepted root, it was not paid before."""
         return self._change("claim", account, cumulative, list(proof))
 
     def veto(self) -> ContractFunction:
+        """Drops the pending proposal."""
         return self._change("veto")
-
-    def pause(self) -> ContractFunction:
-        return self._change("pause")
-
-    def unpause(self) -> ContractFunction:
-        return self._change("unpause")
 
     def grant_role(self, role: bytes, account: str) -> ContractFunction:
         return self._change("grantRole", role, account)
@@ -146,13 +150,8 @@ class RewardDistributor(_Bound):
         """`PUBLISHER_ROLE`, `ATTESTOR_ROLE` or `GUARDIAN_ROLE` as its 32 bytes."""
         return self._view(name)
 
-    def deposit_of(self, log_id: bytes, block: Block = LATEST) -> int:
-        return self._view("depositOf", log_id, block=block)
-
-    def settled_size_of(self, log_id: bytes, block: Block = LATEST) -> int:
-        return self._view("settledSizeOf", log_id, block=block)
-
     def claimed_of(self, account: str, block: Block = LATEST) -> int:
+        """Paid to the account so far."""
         return self._view("claimedOf", account, block=block)
 
     def totals(self, block: Block = LATEST) -> Totals:
@@ -162,24 +161,20 @@ class RewardDistributor(_Bound):
         return Pending(*self._view("pending", block=block))
 
     def epoch(self, block: Block = LATEST) -> int:
+        """Number of the newest proposal, pending or not; 0 before the first."""
         return self._view("epoch", block=block)
 
     def root(self, block: Block = LATEST) -> bytes:
+        """Of the accepted epoch's cumulative rewards."""
         return self._view("root", block=block)
 
-    def delay(self) -> int:
-        return self._view("delay")
-
     def epoch_cap(self) -> int:
+        """The most that one epoch may add to the total."""
         return self._view("epochCap")
-
-    def threshold(self) -> int:
-        return self._view("threshold")
 
 
 class RewardToken(_Bound):
-    def balance_of(self, account: str, block: Block = LATEST) -> int:
-        return self._view("balanceOf", account, block=block)
+    """The ERC-20 that rewards are paid in; one of ours can be minted by its owner."""
 
     def approve(self, spender: str, amount: int) -> ContractFunction:
         return self._change("approve", spender, amount)
@@ -199,6 +194,7 @@ class Contracts:
 
 
 def contracts_of(web3: Web3, deployment: Deployment) -> Contracts:
+    """Those of a deployment that was checked: `Deployment.connect` gives such a `web3`."""
     places = deployment.contracts
     return Contracts(
         AdapterRegistry(web3, places.AdapterRegistry.address),
@@ -214,5 +210,6 @@ def contract_at(web3: Web3, name: str, address: str) -> Contract:
 
 
 def constructor_of(web3: Web3, name: str, *values: Any) -> ContractConstructor:
+    """What deploys a contract, by the name of its artifact, with the values that its constructor takes."""
     artifact = load_artifact(name)
     return web3.eth.contract(abi=artifact.abi, bytecode=artifact.bytecode).constructor(*values)

@@ -17,6 +17,7 @@ from eth_utils import is_checksum_address, to_checksum_address
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ChainMismatch, InvalidArgument
+from ..validation import first_fault
 
 if TYPE_CHECKING:
     from web3 import Web3
@@ -75,9 +76,8 @@ class Deployment(_Strict):
                 f"can't read the deployment file {path}: {error.strerror}", field="deployment"
             ) from error
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise InvalidArgument(f"{path}: {place or 'file'}: {first['msg']}", field="deployment") from error
+            place, words = first_fault(error)
+            raise InvalidArgument(f"{path}: {place or 'file'}: {words}", field="deployment") from error
 
     def save(self, path: Path) -> None:
         """Replace the file whole."""

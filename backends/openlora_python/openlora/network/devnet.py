@@ -175,6 +175,12 @@ def running_pid(state_dir: Path) -> int | None:
     return lock_holder(state_dir / LOCK_FILE)
 
 
+def devnet_lacks(state_dir: Path, pid: int) -> str:
+    """What the devnet of that process waits for; "" = it is ready."""
+    ready = running_pid(state_dir) == pid and (state_dir / READY_FILE).exists()
+    return "" if ready else "chain and contracts"
+
+
 def _deploy_all(web3: Web3, options: DevnetOptions, progress: Progress) -> Deployment:
     accounts = {role: devnet_account(index) for index, role in enumerate(ROLES)}
     for role, account in accounts.items():

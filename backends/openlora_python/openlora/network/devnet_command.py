@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..command_errors import reported
-from ..errors import Unavailable
+from ..processes.detached import start_detached
 
 if TYPE_CHECKING:
     from .deployment import Deployment
@@ -29,19 +25,21 @@ def devnet(
     stop: Annotated[bool, typer.Option("--stop", help="End the one of this state directory.")] = False,
 ) -> None:
     """Run a chain of this machine's own, with the contracts on it and a key file for every role, until stopped."""
-    from .devnet import DevnetOptions, run_devnet, stop_devnet
+    from .devnet import DevnetOptions, devnet_lacks, run_devnet, stop_devnet
 
     console = Console(stderr=True)
-    with reported():
-        root = state_dir.resolve()
-        if stop:
-            console.print(f"stopped (pid {stop_devnet(root)})")
-            return
-        options = DevnetOptions(root, port, block_seconds)
-        if detach:
-            _detach(root, ["--port", str(port), "--block-seconds", str(block_seconds)], console)
-            return
-        run_devnet(options, lambda deployment: _announce(deployment, root, console), lambda text: console.print(text))
+    root = state_dir.resolve()
+    if stop:
+        console.print(f"stopped (pid {stop_devnet(root)})")
+        return
+    options = DevnetOptions(root, port, block_seconds)
+    if detach:
+        root.mkdir(parents=True, exist_ok=True)
+        words = ["devnet", "--state-dir", str(root), "--port", str(port), "--block-seconds", str(block_seconds)]
+        pid = start_detached(words, root / "devnet.log", DETACH_SECONDS, lambda pid: devnet_lacks(root, pid))
+        console.print(f"ready (pid {pid}, state in {root})")
+        return
+    run_devnet(options, lambda deployment: _announce(deployment, root, console), lambda text: console.print(text))
 
 
 def _announce(deployment: Deployment, root: Path, console: Console) -> None:
@@ -51,29 +49,3 @@ def _announce(deployment: Deployment, root: Path, console: Console) -> None:
     table.add_row("deployment file", str(root / "deployment.json"))
     table.add_row("keys (public: worthless elsewhere)", str(root / "keys"))
     console.print(table)
-
-
-def _detach(root: Path, flags: list[str], console: Console) -> None:
-    from .devnet import READY_FILE, running_pid
-
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "devnet.log").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "openlora.cli", "devnet", "--state-dir", str(root), *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    until = time.monotonic() + DETACH_SECONDS
-    with console.status("starting …"):
-        while time.monotonic() < until:
-            if process.poll() is not None:
-                words = (root / "devnet.log").read_text().strip().splitlines()
-                raise Unavailable(f"the devnet ended with status {process.returncode}: {words[-1] if words else ''}")
-            if running_pid(root) == process.pid and (root / READY_FILE).exists():
-                console.print(f"ready (pid {process.pid}, state in {root})")
-                return
-            time.sleep(0.1)
-    process.terminate()
-    raise Unavailable(f"not ready in {DETACH_SECONDS:.0f} s; its words are in {root / 'devnet.log'}")

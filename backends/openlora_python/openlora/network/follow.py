@@ -95,7 +95,7 @@ def follow(run: RunConfig) -> None:
     with only_sync(run.state_dir):
         wishes = WishList(run.socket("holdings"))
         web3 = _connected(deployment, wishes)
-        sync = CatalogSync(run.state_dir, settings, deployment, web3)
+        sync = CatalogSync(run.state_dir, settings, deployment, web3, run.settings.sources)
         keeper = HoldingsKeeper(run, deployment, web3, wishes)
         told = ""
         while True:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..command_errors import reported
 from ..errors import InvalidArgument
-from .arguments import DEVNET_DEPLOYMENT, AsJson, DeploymentFile, Key, StateDir, parse_address, parse_hash
+from .arguments import AsJson, DeploymentFile, Key, StateDir, deployment_file, parse_address, parse_hash
 
 if TYPE_CHECKING:
     from eth_account.signers.local import LocalAccount
@@ -33,86 +32,82 @@ def register_model(
     name: Annotated[str | None, typer.Option(help="Its name there; default: that of here.")] = None,
     base: Annotated[str | None, typer.Option(help="Digest of an adapter's base; default: what is known of it.")] = None,
     card: CardFile = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
     """Register a model under its digest, with the terms and the access of its card."""
     from .registration import local_model
 
-    with reported():
-        found = local_model(model, card, state_dir)
-        base_digest = parse_hash(base, "base") if base is not None else found.base
-        if found.is_adapter and base_digest is None:
-            raise InvalidArgument("the card names no base model: give --base DIGEST", field="base")
-        place = uri or found.source
-        if "://" not in place:
-            if found.is_adapter:
-                raise InvalidArgument("nodes fetch it from a URI (https://…, s3://…, hf://…): give --uri", field="uri")
-            place = place or f"openlora:{found.digest.hex()}"  # nobody fetches base models from here
-        with _Sending(deployment, key) as chain:
-            terms = found.terms(chain.account.address)
-            registry = chain.contracts.registry
-            chain.send(registry.register(found.digest, base_digest or bytes(32), name or found.name, place, terms))
-            if found.access is not None:
-                chain.send(registry.set_access(found.digest, found.access))
-            chain.tell(
-                as_json,
-                f"{name or found.name} ({found.digest.hex()[:16]}…) is registered by {chain.account.address}",
-                digest=found.digest.hex(),
-                owner=chain.account.address,
-                terms=terms,
-            )
+    found = local_model(model, card, state_dir)
+    base_digest = parse_hash(base, "base") if base is not None else found.base
+    if found.is_adapter and base_digest is None:
+        raise InvalidArgument("the card names no base model: give --base DIGEST", field="base")
+    place = uri or found.source
+    if "://" not in place:
+        if found.is_adapter:
+            raise InvalidArgument("nodes fetch it from a URI (https://…, s3://…, hf://…): give --uri", field="uri")
+        place = place or f"openlora:{found.digest.hex()}"  # nobody fetches base models from here
+    with _Sending(deployment, key) as chain:
+        terms = found.terms(chain.account.address)
+        registry = chain.contracts.registry
+        chain.send(registry.register(found.digest, base_digest or bytes(32), name or found.name, place, terms))
+        if found.access is not None:
+            chain.send(registry.set_access(found.digest, found.access))
+        chain.tell(
+            as_json,
+            f"{name or found.name} ({found.digest.hex()[:16]}…) is registered by {chain.account.address}",
+            digest=found.digest.hex(),
+            owner=chain.account.address,
+            terms=terms,
+        )
 
 
 def publish_terms(
     model: ModelArgument,
     key: Key,
     card: CardFile = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
     """Publish a registered model's card as the next version of its terms; in force after the notice."""
     from .registration import local_model
 
-    with reported():
-        found = local_model(model, card, state_dir)
-        with _Sending(deployment, key) as chain:
-            terms = found.terms(chain.account.address)
-            chain.send(chain.contracts.registry.publish_terms(found.digest, terms))
-            newest = chain.contracts.registry.model_of(chain.account.address, found.digest)
-            chain.tell(
-                as_json,
-                f"version {newest.terms_version} of the terms of {found.name}, "
-                f"in force from {_when(newest.effective_at)}",
-                digest=found.digest.hex(),
-                version=newest.terms_version,
-                effective_at=newest.effective_at,
-                terms=terms,
-            )
+    found = local_model(model, card, state_dir)
+    with _Sending(deployment, key) as chain:
+        terms = found.terms(chain.account.address)
+        chain.send(chain.contracts.registry.publish_terms(found.digest, terms))
+        newest = chain.contracts.registry.model_of(chain.account.address, found.digest)
+        chain.tell(
+            as_json,
+            f"version {newest.terms_version} of the terms of {found.name}, in force from {_when(newest.effective_at)}",
+            digest=found.digest.hex(),
+            version=newest.terms_version,
+            effective_at=newest.effective_at,
+            terms=terms,
+        )
 
 
 def set_access(
     digest: Digest,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON of an access rule, as in a card.")],
     key: Key,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Say who may use a model of yours; effective at once."""
     from .registration import access_document, parse_access, read_json
 
-    with reported():
-        document = access_document(parse_access(read_json(file)))
-        with _Sending(deployment, key) as chain:
-            chain.send(chain.contracts.registry.set_access(parse_hash(digest, "DIGEST"), document))
-            chain.tell(as_json, f"access of {digest[:16]}…: {document}", digest=digest, access=document)
+    document = access_document(parse_access(read_json(file)))
+    with _Sending(deployment, key) as chain:
+        chain.send(chain.contracts.registry.set_access(parse_hash(digest, "DIGEST"), document))
+        chain.tell(as_json, f"access of {digest[:16]}…: {document}", digest=digest, access=document)
 
 
-def revoke(digest: Digest, key: Key, deployment: DeploymentFile = DEVNET_DEPLOYMENT, as_json: AsJson = False) -> None:
+def revoke(digest: Digest, key: Key, deployment: DeploymentFile = None, as_json: AsJson = False) -> None:
     """Revoke a model of yours, for good."""
-    with reported(), _Sending(deployment, key) as chain:
+    with _Sending(deployment, key) as chain:
         chain.send(chain.contracts.registry.revoke(parse_hash(digest, "DIGEST")))
         chain.tell(as_json, f"{digest[:16]}… is revoked", digest=digest)
 
@@ -121,7 +116,7 @@ def register_log(
     key: Key,
     submitter: Annotated[str | None, typer.Option(help="Who may anchor; default: the key's account.")] = None,
     payee: Annotated[str | None, typer.Option(help="Who earns the node's part, for good; default: likewise.")] = None,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
@@ -130,45 +125,43 @@ def register_log(
     from ..attribution.log_key import load_log_key
     from .registration import registration_signature
 
-    with reported():
-        log_key = load_log_key(str(state_dir / "log.pub"))
-        signer = load_keys(state_dir / "keys", create=False).receipt
-        with _Sending(deployment, key) as chain:
-            owner = chain.account.address
-            who = [owner if one is None else parse_address(one, "address") for one in (submitter, payee)]
-            signature = registration_signature(chain.deployment, signer, log_key, owner, *who)
-            chain.send(chain.contracts.log.register_log(log_key, *who, signature))
-            chain.tell(
-                as_json,
-                f"log {log_key.log_id.hex()[:16]}… is registered; {who[0]} anchors it, {who[1]} is paid",
-                log_id=log_key.log_id.hex(),
-                owner=owner,
-                submitter=who[0],
-                payee=who[1],
-            )
+    log_key = load_log_key(str(state_dir / "log.pub"))
+    signer = load_keys(state_dir / "keys", create=False).receipt
+    with _Sending(deployment, key) as chain:
+        owner = chain.account.address
+        who = [owner if one is None else parse_address(one, "address") for one in (submitter, payee)]
+        signature = registration_signature(chain.deployment, signer, log_key, owner, *who)
+        chain.send(chain.contracts.log.register_log(log_key, *who, signature))
+        chain.tell(
+            as_json,
+            f"log {log_key.log_id.hex()[:16]}… is registered; {who[0]} anchors it, {who[1]} is paid",
+            log_id=log_key.log_id.hex(),
+            owner=owner,
+            submitter=who[0],
+            payee=who[1],
+        )
 
 
 def publish_parameters(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON of the parameters; see docs/settlement.md.")],
     key: Key,
-    deployment: DeploymentFile = DEVNET_DEPLOYMENT,
+    deployment: DeploymentFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish the next version of the network's parameters; in force after the notice."""
     from .parameters import parse_parameters
     from .registration import read_json
 
-    with reported():
-        document = parse_parameters(read_json(file)).document
-        with _Sending(deployment, key) as chain:
-            chain.send(chain.contracts.registry.publish_parameters(document))
-            chain.tell(as_json, f"published: {document}", parameters=document)
+    document = parse_parameters(read_json(file)).document
+    with _Sending(deployment, key) as chain:
+        chain.send(chain.contracts.registry.publish_parameters(document))
+        chain.tell(as_json, f"published: {document}", parameters=document)
 
 
 class _Sending:
     """A checked chain and the account of a key file, for one command."""
 
-    def __init__(self, deployment: Path, key: Path) -> None:
+    def __init__(self, deployment: Path | None, key: Path) -> None:
         self._files = (deployment, key)
         self.transactions: list[str] = []
 
@@ -178,7 +171,7 @@ class _Sending:
         from .signer import load_signer
 
         file, key = self._files
-        self.deployment: Deployment = Deployment.load(file)
+        self.deployment: Deployment = Deployment.load(deployment_file(file))
         self.account: LocalAccount = load_signer(key, self.deployment.chain_id, self.deployment.rpc_url)
         self._web3: Web3 = self.deployment.connect()
         self.contracts: Contracts = contracts_of(self._web3, self.deployment)

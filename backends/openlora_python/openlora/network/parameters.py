@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..attribution.card import Address
 from ..errors import InvalidArgument
+from ..validation import first_fault
 
 Part = Annotated[int, Field(ge=0, le=1_000_000)]
 
@@ -45,6 +46,5 @@ def parse_parameters(tree: Any) -> Parameters:
     try:
         return Parameters.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in ("parameters", *first["loc"]))
-        raise InvalidArgument(first["msg"].removeprefix("Value error, "), field=place) from error
+        place, words = first_fault(error, "parameters")
+        raise InvalidArgument(words, field=place) from error

@@ -26,7 +26,8 @@ from ..errors import InvalidArgument
 from ..strict_json import parse_strict
 
 if TYPE_CHECKING:
-    from .deployment import Deployment
+    from ..validation import first_fault
+from .deployment import Deployment
 
 HASH_CACHE_FILE = "digests.json"
 DOMAIN_TYPE = "EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)"
@@ -94,9 +95,8 @@ def parse_access(tree: Any) -> AccessRule:
     try:
         return AccessRule.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in ("access", *first["loc"]))
-        raise InvalidArgument(first["msg"].removeprefix("Value error, "), field=place) from error
+        place, words = first_fault(error, "access")
+        raise InvalidArgument(words, field=place) from error
 
 
 def registration_signature(

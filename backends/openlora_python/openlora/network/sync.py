@@ -25,6 +25,7 @@ from ..adapters.ingest import ingest
 from ..adapters.ingest_jobs import job_of
 from ..adapters.ingest_worker import IngestJob, IngestResult
 from ..adapters.printable import printable
+from ..adapters.sources import SourceLimits
 from ..config import NetworkSettings
 from ..errors import InvalidArgument
 from ..processes.lock_file import locked
@@ -69,8 +70,16 @@ class Synced:
 class CatalogSync:
     """Passes over the chain, one after the other, by one process."""
 
-    def __init__(self, state_dir: Path, settings: NetworkSettings, deployment: Deployment, web3: Web3) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        settings: NetworkSettings,
+        deployment: Deployment,
+        web3: Web3,
+        limits: SourceLimits | None = None,
+    ) -> None:
         self._state_dir = state_dir
+        self._limits = limits
         self._allowed = frozenset(settings.allowed_owners)
         self._deployment = deployment
         self._web3 = web3
@@ -182,7 +191,7 @@ class CatalogSync:
         # One at a time and in the order of their registration: two versions of one name are two jobs of one name.
         results = []
         for job in jobs:
-            (result,) = ingest(self._state_dir, base, [job])
+            (result,) = ingest(self._state_dir, base, [job], limits=self._limits)
             results.append(msgspec.structs.replace(result, digest=job.digest))
         return results
 

@@ -10,10 +10,10 @@ import typer
 import yaml
 from rich.console import Console
 
-from ..command_errors import reported
+from ..command_group import command_group
 from .recipe import DEFAULT_FOLDER, find_recipe, load_recipes
 
-engines_app = typer.Typer(help="Recipes of TensorRT-LLM engines.", no_args_is_help=True)
+engines_app = command_group("Recipes of TensorRT-LLM engines.")
 
 Folder = Annotated[Path, typer.Option("--recipes", help="Where the recipes are.")]
 NameOrFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or its YAML file.")]
@@ -27,12 +27,11 @@ def list_recipes(recipes: Folder = DEFAULT_FOLDER, as_json: AsJson = False) -> N
     """All recipes, and what `check` says of each."""
     from .report import describe, list_table
 
-    with reported():
-        found = load_recipes(recipes)
-        if as_json:
-            typer.echo(json.dumps([describe(recipe) for recipe in found]))
-        else:
-            Console().print(list_table(found))
+    found = load_recipes(recipes)
+    if as_json:
+        typer.echo(json.dumps([describe(recipe) for recipe in found]))
+    else:
+        Console().print(list_table(found))
 
 
 @engines_app.command("show")
@@ -49,17 +48,16 @@ def show_recipe(
     from .planner import plan_memory
     from .report import describe, memory_table
 
-    with reported():
-        recipe = find_recipe(name, recipes).retargeted(gpu, version)
-        if as_json:
-            typer.echo(json.dumps(describe(recipe)))
-            return
-        if values:
-            typer.echo(yaml.safe_dump({"engines": {recipe.name: chart_values(recipe)}}, sort_keys=False), nl=False)
-            return
-        console = Console()
-        console.print(f"{recipe.name}: {recipe.summary}", markup=False, highlight=False)
-        console.print(memory_table(plan_memory(recipe)))
+    recipe = find_recipe(name, recipes).retargeted(gpu, version)
+    if as_json:
+        typer.echo(json.dumps(describe(recipe)))
+        return
+    if values:
+        typer.echo(yaml.safe_dump({"engines": {recipe.name: chart_values(recipe)}}, sort_keys=False), nl=False)
+        return
+    console = Console()
+    console.print(f"{recipe.name}: {recipe.summary}", markup=False, highlight=False)
+    console.print(memory_table(plan_memory(recipe)))
 
 
 @engines_app.command("check")
@@ -74,9 +72,8 @@ def check(
     from .report import finding_lines
     from .rules import check_recipe
 
-    with reported():
-        recipe = find_recipe(name, recipes).retargeted(gpu, version)
-        findings = check_recipe(recipe)
+    recipe = find_recipe(name, recipes).retargeted(gpu, version)
+    findings = check_recipe(recipe)
     works = all(finding.severity != "error" for finding in findings)
     if as_json:
         told = {"recipe": recipe.name, "gpu": recipe.target.gpu, "version": recipe.target.tensorrt_llm, "works": works}

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from ..errors import InvalidArgument
+from ..validation import first_fault
 from .catalogue import KvCache, Weights
 from .shape import ModelShape
 
@@ -126,9 +127,8 @@ def load_recipe(file: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise InvalidArgument(f"{file}: {first['msg'].removeprefix('Value error, ')}", field=place) from error
+        place, words = first_fault(error)
+        raise InvalidArgument(f"{file}: {words}", field=place or "recipe") from error
     if recipe.name != file.stem:
         raise InvalidArgument(f"{file} names itself {recipe.name!r}, {file.stem!r} is right", field="name")
     return recipe

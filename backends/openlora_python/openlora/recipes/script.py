@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..command_group import report
 from ..errors import OpenLoRAError
 from .build_plan import Step, shell_script
 from .layout import Layout
@@ -49,8 +50,7 @@ def run_script(arguments: argparse.Namespace, plan: Plan, carry: Carry) -> int:
         else:
             carry(steps, recipe, layout, notes)
     except OpenLoRAError as error:
-        notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
+        return report(error)
     return 0
 
 

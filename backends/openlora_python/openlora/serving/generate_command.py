@@ -13,10 +13,8 @@ from rich.console import Console
 from openlora_client import Answer, Chunk, OpenLoRAClient
 from openlora_client.answer import join
 
-from ..errors import InvalidArgument
-
-EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
-STATUS = {1: "complete", 2: "cancelled", 3: "error", 4: "aborted"}
+from ..attribution.frames import STATUS_NAMES
+from ..errors import EXIT_INTERRUPTED, InvalidArgument
 
 
 def generate(
@@ -82,7 +80,7 @@ def _summary(answer: Answer) -> str:
     used = receipt["blobs"]["adapters"]["adapters"]
     adapters = " + ".join(f"{one['digest'][:8]}×{one['weight'] / 1_000_000:g}" for one in used) or "base"
     return (
-        f"receipt {receipt['seq']}: {STATUS[receipt['status']]} ({answer.finish_reason}), {adapters}, "
+        f"receipt {receipt['seq']}: {STATUS_NAMES[receipt['status']]} ({answer.finish_reason}), {adapters}, "
         f"{receipt['in_tokens']} + {receipt['out_tokens']} tokens, price {receipt['price']}, "
         f"request {answer.request_id[:16]}…"
     )

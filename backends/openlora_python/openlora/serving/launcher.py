@@ -30,7 +30,6 @@ from ..adapters.catalog_rows import BaseFacts
 from ..adapters.ingest import sync_directory
 from ..adapters.ingest_worker import IngestResult
 from ..adapters.printable import printable
-from ..adapters.sources import SourceLimits
 from ..attribution.chain_check import anchored_head
 from ..attribution.custody import settle_custody
 from ..attribution.witness_client import WitnessAddress, WitnessClient
@@ -62,7 +61,6 @@ class Launcher:
 
     def __init__(self, settings: Settings, on_ready: Callable[[RunConfig], None]) -> None:
         self._on_ready = on_ready
-        self._source_limits = SourceLimits.from_environment()
         self._state = StateDir(settings.state_dir.resolve())
         self._lock = self._state.lock()
         self._state.prepare()
@@ -274,7 +272,7 @@ class Launcher:
         config = FetcherConfig(
             state_dir=str(run.state_dir),
             base=self._base,
-            limits=self._source_limits,
+            limits=run.settings.sources,
             socket=run.socket("fetcher"),
             status_socket=run.socket("status"),
             launcher_pid=run.launcher_pid,
@@ -319,7 +317,7 @@ class Launcher:
 
         def read() -> None:
             try:
-                for result in sync_directory(settings.adapters, run.state_dir, base, tell):
+                for result in sync_directory(settings.adapters, run.state_dir, base, tell, settings.sources):
                     if result.status in ("quarantined", "failed"):
                         log.warning("adapter %s is %s: %s", printable(result.name), result.status, result.reason)
             except OpenLoRAError as error:

@@ -16,7 +16,7 @@ from ..adapters.adapter_spec import AdapterSpec, parse_adapters
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.catalog_rows import CHAIN_NAME, AdapterRecord
 from ..adapters.chain_view import ChainView
-from ..adapters.sources import SourceLimits, is_uri
+from ..adapters.sources import is_uri
 from ..adapters.store import mark_used, not_fetchable
 from ..attribution.blobs import NO_PARAMETERS, terms_blob
 from ..attribution.card import Card, parse_card
@@ -72,7 +72,7 @@ class ResolverStep:
         self._router = Router(run.catalog_path)
         self._office = TicketOffice(Seal(run.run_key_path, "ticket"))
         self._base_card = _card(run.base.card)
-        self._mark_seconds = SourceLimits.from_environment().keep_seconds / MARKS
+        self._mark_seconds = run.settings.sources.keep_seconds / MARKS
 
     def resolve(self, inputs: dict[str, Any], parameters: dict[str, Any], label: str) -> bytes:
         """The ticket.

@@ -6,9 +6,6 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -20,6 +17,7 @@ from rich.table import Table
 
 from ..config import RunConfig, Settings, load_settings
 from ..errors import Unavailable
+from ..processes.detached import start_detached
 from .state_dir import StateDir
 
 START_SECONDS = 600
@@ -91,30 +89,13 @@ def _serve_detached(settings: Settings) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     resolved = logs / "settings.json"  # YAML is a superset of JSON
     resolved.write_text(settings.model_dump_json(exclude_none=True))
-    console = Console(stderr=True)
-    with (logs / "launcher.log").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "openlora.cli", "serve", "--config", str(resolved)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    until = time.monotonic() + START_SECONDS
-    with console.status("starting …") as status:
-        while time.monotonic() < until:
-            if process.poll() is not None:
-                words = (logs / "launcher.log").read_text().strip().splitlines()
-                raise Unavailable(f"the server ended with status {process.returncode}: {words[-1] if words else ''}")
-            # Whoever answers on the port must be the one that was started here.
-            faults = _faults(settings) if state.running_pid() == process.pid else {"launcher": "starting"}
-            if not faults:
-                console.print(f"ready (pid {process.pid}, state in {state.root})")
-                return
-            status.update("starting: " + ", ".join(faults))
-            time.sleep(0.2)
-    process.terminate()
-    raise Unavailable(f"not ready in {START_SECONDS} s; its logs are in {logs}")
+
+    def waits_for(pid: int) -> str:
+        # Whoever answers on the port must be the one that was started here.
+        return ", ".join(_faults(settings)) if state.running_pid() == pid else "launcher"
+
+    pid = start_detached(["serve", "--config", str(resolved)], logs / "launcher.log", START_SECONDS, waits_for)
+    Console(stderr=True).print(f"ready (pid {pid}, state in {state.root})")
 
 
 def _faults(settings: Settings) -> dict[str, str]:

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from eth_utils import to_canonical_address, to_checksum_address
 
-from ...command_errors import reported
+from ...command_group import command_group
 from ...errors import InvalidArgument
-from ...network.arguments import parse_address, parse_hash
+from ...network.arguments import DeploymentFile, parse_address, parse_hash
 from .attestation import Attestation, ascending, attest, proposal_document
 from .books import keep_prefixes
 from .chain_state import ChainState, Proposal, read_state
@@ -22,13 +22,9 @@ from .session import ChainSession, judged, open_exports, open_settling, prefix_s
 MOST = 2**120 - 1
 """What the distributor can pay in all; the cap where a chain's own is not asked."""
 
-settle_app = typer.Typer(help="Settlement: from receipts and chain to rewards.", no_args_is_help=True)
+settle_app = command_group("Settlement: from receipts and chain to rewards.")
 
 Exports = Annotated[list[Path], typer.Option("--export", metavar="DIR", help="The export of a log; once for each.")]
-DeploymentFile = Annotated[
-    Path | None,
-    typer.Option("--deployment", metavar="FILE", envvar="OPENLORA_NETWORK__DEPLOYMENT", help="The deployment file."),
-]
 StateDir = Annotated[Path, typer.Option(help="Keeps what was read and checked before, below settle/.")]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Check every receipt again, from the first one on.")]
 Key = Annotated[Path, typer.Option("--key", metavar="FILE", help="The key file that pays for the transaction.")]
@@ -46,18 +42,17 @@ def epoch(
     as_json: Json = False,
 ) -> None:
     """Compute what would be proposed now. Sends nothing."""
-    with reported():
-        logs = open_exports(exports)
-        if facts_file is not None:
-            books = judged(logs, _read_facts(facts_file), None)
-            computed = next_epoch(books, epoch_cap or MOST)
-        else:
-            session = ChainSession.open(deployment, state_dir)
-            store = prefix_store(state_dir)
-            books = session.books(logs, None if from_scratch else store)
-            computed = next_epoch(books, epoch_cap or session.contracts.distributor.epoch_cap())
-            keep_prefixes(books, logs, store)
-        print_epoch(books, computed, as_json)
+    logs = open_exports(exports)
+    if facts_file is not None:
+        books = judged(logs, _read_facts(facts_file), None)
+        computed = next_epoch(books, epoch_cap or MOST)
+    else:
+        session = ChainSession.open(deployment, state_dir)
+        store = prefix_store(state_dir)
+        books = session.books(logs, None if from_scratch else store)
+        computed = next_epoch(books, epoch_cap or session.contracts.distributor.epoch_cap())
+        keep_prefixes(books, logs, store)
+    print_epoch(books, computed, as_json)
 
 
 @settle_app.command("propose")
@@ -70,18 +65,17 @@ def propose(
     as_json: Json = False,
 ) -> None:
     """Compute the next epoch and propose it. The key must be a publisher's."""
-    with reported():
-        at = open_settling(exports, key, deployment, state_dir, from_scratch)
-        pending, distributor = at.books.state.pending, at.session.contracts.distributor
-        if pending is not None:
-            raise InvalidArgument(f"epoch {pending.epoch} is pending: it is accepted or vetoed first")
-        computed = next_epoch(at.books, distributor.epoch_cap())
-        if computed.proposal is None:
-            raise InvalidArgument("; ".join(("there is nothing to settle", *at.books.notes, *computed.notes)))
-        at.keep(computed.stops)
-        new = computed.proposal
-        receipt = at.session.send(at.account, distributor.propose(new.root, new.total, new.allocations))
-        print_epoch(at.books, computed, as_json, receipt["transactionHash"].to_0x_hex())
+    at = open_settling(exports, key, deployment, state_dir, from_scratch)
+    pending, distributor = at.books.state.pending, at.session.contracts.distributor
+    if pending is not None:
+        raise InvalidArgument(f"epoch {pending.epoch} is pending: it is accepted or vetoed first")
+    computed = next_epoch(at.books, distributor.epoch_cap())
+    if computed.proposal is None:
+        raise InvalidArgument("; ".join(("there is nothing to settle", *at.books.notes, *computed.notes)))
+    at.keep(computed.stops)
+    new = computed.proposal
+    receipt = at.session.send(at.account, distributor.propose(new.root, new.total, new.allocations))
+    print_epoch(at.books, computed, as_json, receipt["transactionHash"].to_0x_hex())
 
 
 @settle_app.command("attest")
@@ -95,15 +89,14 @@ def attest_epoch(
     as_json: Json = False,
 ) -> None:
     """Compute the pending epoch again, from your own exports and chain, and sign it if it is right. Sends nothing."""
-    with reported():
-        at = open_settling(exports, key, deployment, state_dir, from_scratch)
-        pending, facts = _pending(at.books.state), at.session.facts
-        check_proposal(at.books, pending)
-        at.keep(stops_of(pending))
-        signed = attest(at.account, facts.chain_id, facts.distributor, pending)
-        out.write_text(signed.to_json())
-        result = {"epoch": pending.epoch, "signer": signed.signer, "file": str(out), **proposal_document(pending)}
-        print_sent(f"epoch {pending.epoch} is right: attested by {signed.signer} in {out}", result, as_json)
+    at = open_settling(exports, key, deployment, state_dir, from_scratch)
+    pending, facts = _pending(at.books.state), at.session.facts
+    check_proposal(at.books, pending)
+    at.keep(stops_of(pending))
+    signed = attest(at.account, facts.chain_id, facts.distributor, pending)
+    out.write_text(signed.to_json())
+    result = {"epoch": pending.epoch, "signer": signed.signer, "file": str(out), **proposal_document(pending)}
+    print_sent(f"epoch {pending.epoch} is right: attested by {signed.signer} in {out}", result, as_json)
 
 
 @settle_app.command("accept")
@@ -115,32 +108,30 @@ def accept(
     as_json: Json = False,
 ) -> None:
     """Accept the pending epoch with its attestations, once its delay is over. Anybody may."""
-    with reported():
-        attestations = [Attestation.from_json(_read(path)) for path in files]
-        session = ChainSession.open(deployment, state_dir)
-        account = session.account(key)
-        pending = _pending(read_state(session.facts))
-        here = (session.facts.chain_id, session.facts.distributor, pending)
-        for path, one in zip(files, attestations, strict=True):
-            if (one.chain_id, one.distributor, one.proposal) != here:
-                raise InvalidArgument(f"is not for the pending epoch {pending.epoch}", field=str(path))
-        signatures = [one.signature for one in ascending(attestations)]
-        call = session.contracts.distributor.accept(
-            pending.epoch, pending.root, pending.total, pending.allocations, signatures
-        )
-        receipt = session.send(account, call)
-        result = {"epoch": pending.epoch, "transaction": receipt["transactionHash"].to_0x_hex()}
-        print_sent(f"epoch {pending.epoch} is accepted: {pending.total} paid out in all", result, as_json)
+    attestations = [Attestation.from_json(_read(path)) for path in files]
+    session = ChainSession.open(deployment, state_dir)
+    account = session.account(key)
+    pending = _pending(read_state(session.facts))
+    here = (session.facts.chain_id, session.facts.distributor, pending)
+    for path, one in zip(files, attestations, strict=True):
+        if (one.chain_id, one.distributor, one.proposal) != here:
+            raise InvalidArgument(f"is not for the pending epoch {pending.epoch}", field=str(path))
+    signatures = [one.signature for one in ascending(attestations)]
+    call = session.contracts.distributor.accept(
+        pending.epoch, pending.root, pending.total, pending.allocations, signatures
+    )
+    receipt = session.send(account, call)
+    result = {"epoch": pending.epoch, "transaction": receipt["transactionHash"].to_0x_hex()}
+    print_sent(f"epoch {pending.epoch} is accepted: {pending.total} paid out in all", result, as_json)
 
 
 @settle_app.command("veto")
 def veto(key: Key, deployment: DeploymentFile = None, state_dir: StateDir = Path("var"), as_json: Json = False) -> None:
     """Drop the pending epoch. The key must be a guardian's."""
-    with reported():
-        session = ChainSession.open(deployment, state_dir)
-        receipt = session.send(session.account(key), session.contracts.distributor.veto())
-        result = {"transaction": receipt["transactionHash"].to_0x_hex()}
-        print_sent("the pending epoch is vetoed", result, as_json)
+    session = ChainSession.open(deployment, state_dir)
+    receipt = session.send(session.account(key), session.contracts.distributor.veto())
+    result = {"transaction": receipt["transactionHash"].to_0x_hex()}
+    print_sent("the pending epoch is vetoed", result, as_json)
 
 
 @settle_app.command("claim")
@@ -155,22 +146,21 @@ def claim(
     as_json: Json = False,
 ) -> None:
     """Have rewards paid out to whom they belong. Anybody may send it."""
-    with reported():
-        if bool(accounts) == every:
-            raise InvalidArgument("give accounts, or --all", field="ACCOUNT")
-        at = open_settling(exports, key, deployment, state_dir, from_scratch)
-        tree, amounts = at.books.accepted_tree()
-        at.keep()
-        distributor, paid = at.session.contracts.distributor, []
-        named = [to_canonical_address(parse_address(one, "ACCOUNT")) for one in accounts or ()]
-        for earner in sorted(amounts) if every else named:
-            who = to_checksum_address(earner)
-            proof, claimed = tree.proof(earner), distributor.claimed_of(who)
-            if every and claimed >= amounts[earner]:
-                continue
-            at.session.send(at.account, distributor.claim(who, amounts[earner], proof))
-            paid.append({"account": who, "amount": str(amounts[earner] - claimed), "cumulative": str(amounts[earner])})
-        print_claims(paid, as_json)
+    if bool(accounts) == every:
+        raise InvalidArgument("give accounts, or --all", field="ACCOUNT")
+    at = open_settling(exports, key, deployment, state_dir, from_scratch)
+    tree, amounts = at.books.accepted_tree()
+    at.keep()
+    distributor, paid = at.session.contracts.distributor, []
+    named = [to_canonical_address(parse_address(one, "ACCOUNT")) for one in accounts or ()]
+    for earner in sorted(amounts) if every else named:
+        who = to_checksum_address(earner)
+        proof, claimed = tree.proof(earner), distributor.claimed_of(who)
+        if every and claimed >= amounts[earner]:
+            continue
+        at.session.send(at.account, distributor.claim(who, amounts[earner], proof))
+        paid.append({"account": who, "amount": str(amounts[earner] - claimed), "cumulative": str(amounts[earner])})
+    print_claims(paid, as_json)
 
 
 @settle_app.command("status")
@@ -183,12 +173,11 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Deposits, anchored and settled sizes, and the pending proposal."""
-    with reported():
-        session = ChainSession.open(deployment, state_dir)
-        amounts = None
-        if exports:
-            _, amounts = session.books(open_exports(exports), prefix_store(state_dir)).reward_tree()
-        print_status(session, read_state(session.facts), amounts, as_json)
+    session = ChainSession.open(deployment, state_dir)
+    amounts = None
+    if exports:
+        _, amounts = session.books(open_exports(exports), prefix_store(state_dir)).reward_tree()
+    print_status(session, read_state(session.facts), amounts, as_json)
 
 
 @settle_app.command("deposit")
@@ -201,15 +190,14 @@ def deposit(
     as_json: Json = False,
 ) -> None:
     """Deposit for a log, from the key's account: what its receipts are paid from. There is no way back."""
-    with reported():
-        log = parse_hash(log_id, "LOG")
-        session = ChainSession.open(deployment, state_dir)
-        account = session.account(key)
-        contracts = session.contracts
-        session.send(account, contracts.token.approve(contracts.distributor.address, amount))
-        receipt = session.send(account, contracts.distributor.deposit(log, amount))
-        result = {"log_id": log_id, "amount": str(amount), "transaction": receipt["transactionHash"].to_0x_hex()}
-        print_sent(f"deposited {amount} for log {log.hex()}", result, as_json)
+    log = parse_hash(log_id, "LOG")
+    session = ChainSession.open(deployment, state_dir)
+    account = session.account(key)
+    contracts = session.contracts
+    session.send(account, contracts.token.approve(contracts.distributor.address, amount))
+    receipt = session.send(account, contracts.distributor.deposit(log, amount))
+    result = {"log_id": log_id, "amount": str(amount), "transaction": receipt["transactionHash"].to_0x_hex()}
+    print_sent(f"deposited {amount} for log {log.hex()}", result, as_json)
 
 
 @settle_app.command("facts")
@@ -223,14 +211,13 @@ def facts(
     as_json: Json = False,
 ) -> None:
     """Write down what the chain says, so that anybody can compute everything again offline."""
-    with reported():
-        session = ChainSession.open(deployment, state_dir)
-        numbers = set().union(*(referenced_blocks(one) for one in open_exports(exports or ())))
-        found = [session.header(number) for number in sorted(numbers) if number <= session.facts.head]
-        whole = session.facts.with_headers(found)
-        out.write_text(whole.to_json())
-        result = {"file": str(out), "head": whole.head, "events": len(whole.events), "headers": len(whole.headers)}
-        print_sent(f"{len(whole.events)} events up to block {whole.head} are in {out}", result, as_json)
+    session = ChainSession.open(deployment, state_dir)
+    numbers = set().union(*(referenced_blocks(one) for one in open_exports(exports or ())))
+    found = [session.header(number) for number in sorted(numbers) if number <= session.facts.head]
+    whole = session.facts.with_headers(found)
+    out.write_text(whole.to_json())
+    result = {"file": str(out), "head": whole.head, "events": len(whole.events), "headers": len(whole.headers)}
+    print_sent(f"{len(whole.events)} events up to block {whole.head} are in {out}", result, as_json)
 
 
 def _pending(state: ChainState) -> Proposal:

@@ -9,8 +9,6 @@ from ...network.parameters import Parameters, parse_parameters
 from ...network.registry_state import decoded
 from .facts import BlockHeader, ChainFacts
 
-ACCOUNT_BYTES = 20
-
 
 @dataclass(frozen=True)
 class TermsInForce:

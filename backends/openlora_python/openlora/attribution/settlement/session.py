@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ...errors import ContractRefused, InvalidArgument
+from ...progress import progress_bars
 from ..receipt import decode_leaf
 from .books import Books, keep_prefixes, open_books
 from .facts import BlockHeader, ChainFacts
@@ -82,15 +81,14 @@ class ChainSession:
     found: dict[int, BlockHeader] = field(default_factory=dict)  # headers that receipts named
 
     @classmethod
-    def open(cls, deployment_file: Path | None, state_dir: Path) -> ChainSession:
+    def open(cls, file: Path | None, state_dir: Path) -> ChainSession:
         """InvalidArgument, Unavailable, ChainMismatch: as `Deployment.load` and `connect` say."""
+        from ...network.arguments import deployment_file
         from ...network.chain_facts import read_facts
         from ...network.contracts import contracts_of
         from ...network.deployment import Deployment
 
-        if deployment_file is None:
-            raise InvalidArgument("name the deployment file: --deployment FILE", field="deployment")
-        deployment = Deployment.load(deployment_file)
+        deployment = Deployment.load(deployment_file(file))
         web3 = deployment.connect()
         with bars() as bar:
             task = bar.add_task("chain", total=None)
@@ -190,10 +188,6 @@ def referenced_blocks(export: LogExport) -> set[int]:
     return numbers
 
 
-@contextmanager
-def bars() -> Iterator[Progress]:
+def bars() -> Progress:
     """Bars on standard error where that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar
+    return progress_bars(MofNCompleteColumn(), TimeRemainingColumn())

@@ -16,16 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ...attribution.chain_check import ChainCheck
-from ...command_errors import reported
 from ...errors import InvalidArgument, Unavailable
+from ..arguments import DeploymentFile, deployment_file
 
 _SHOWN = 20
 _POLICY_EVERY, _POLICY_RECEIPTS = 600.0, 10_000
 
-DeploymentFile = Annotated[
-    Path,
-    typer.Option("--deployment", metavar="FILE", envvar="OPENLORA_NETWORK__DEPLOYMENT", help="The deployment file."),
-]
 StateDir = Annotated[Path, typer.Option(help="The server's state directory.")]
 Key = Annotated[Path | None, typer.Option(metavar="FILE", help="The submitter's key: 64 hex digits, mode 0600.")]
 Every = Annotated[float, typer.Option(min=0, help="Seconds between anchors.")]
@@ -37,7 +33,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 
 def anchor(
-    deployment: DeploymentFile,
+    deployment: DeploymentFile = None,
     state_dir: StateDir = Path("var"),
     key: Key = None,
     every: Every = _POLICY_EVERY,
@@ -55,18 +51,17 @@ def anchor(
     from .service import AnchorJob, run
     from .worker import AnchorPolicy
 
-    with reported():
-        if status:
-            _print_status(deployment, state_dir, as_json)
-            return
-        if key is None:
-            raise InvalidArgument("anchoring needs the submitter's key: --key FILE", field="key")
-        stopping = Event()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: stopping.set())
-        policy = AnchorPolicy(every, min_receipts, fees=FeePolicy(cap=int(max_fee * GWEI)))
-        job = AnchorJob(deployment, state_dir, key, policy)
-        run(job, once=once, show=_Progress(as_json), stopping=stopping)
+    if status:
+        _print_status(deployment_file(deployment), state_dir, as_json)
+        return
+    if key is None:
+        raise InvalidArgument("anchoring needs the submitter's key: --key FILE", field="key")
+    stopping = Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stopping.set())
+    policy = AnchorPolicy(every, min_receipts, fees=FeePolicy(cap=int(max_fee * GWEI)))
+    job = AnchorJob(deployment_file(deployment), state_dir, key, policy)
+    run(job, once=once, show=_Progress(as_json), stopping=stopping)
 
 
 class _Progress:
@@ -89,7 +84,7 @@ class _Progress:
         self._console.print(f"{now:%H:%M:%S} {report.phase:<11} {report.message} ({sizes})", markup=False)
 
 
-def _print_status(deployment_file: Path, state_dir: Path, as_json: bool) -> None:
+def _print_status(file: Path, state_dir: Path, as_json: bool) -> None:
     from ..deployment import Deployment
     from .chain import NOBODY, AnchorChain
     from .local_log import LocalLog
@@ -104,7 +99,7 @@ def _print_status(deployment_file: Path, state_dir: Path, as_json: bool) -> None
             rows = outbox.newest(log.key.log_id, _SHOWN)
     head: dict[str, Any] = {}
     try:
-        view = AnchorChain(Deployment.load(deployment_file), log.key.log_id).look(NOBODY)
+        view = AnchorChain(Deployment.load(file), log.key.log_id).look(NOBODY)
         head = {"block": view.block, "head_size": view.head.size, "final_size": view.final_head.size}
         head["submitter"] = view.head.submitter
     except Unavailable as error:

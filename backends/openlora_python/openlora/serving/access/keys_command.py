@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...access_rule import ADDRESS
+from ...command_group import command_group
 from ...config import UsageLimits
 from ...errors import InvalidArgument, Unavailable
 from .caller_store import CallerStore, KeyRecord, check_caller
@@ -32,7 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
 RequestsPerMinute = Annotated[int | None, typer.Option(min=0, max=1_000_000, help="Of the caller, all keys together.")]
 TokensPerDay = Annotated[int | None, typer.Option(min=0, help="Prompts and answers of the caller, a UTC day.")]
 
-keys_app = typer.Typer(help="Callers, their API keys and limits.", no_args_is_help=True)
+keys_app = command_group("Callers, their API keys and limits.")
 
 
 @keys_app.command()
