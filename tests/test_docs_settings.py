@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,8 +13,6 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from openlora.access_rule import AccessRule
-from openlora.adapters.merge_plan import MergeLimits
-from openlora.adapters.sources import SourceLimits
 from openlora.config import BaseModelFacts, RunConfig, Settings, load_settings
 from openlora.errors import OpenLoRAError
 
@@ -33,6 +31,9 @@ def settings_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
     """Every setting by its name, and its default; those of one name of many after NAME."""
     for name, field in kind.model_fields.items():
         path = prefix + name
+        if is_dataclass(field.default):
+            yield from ((f"{path}.{part.name}", part.default) for part in fields(field.default))
+            continue
         section = isinstance(field.default, BaseModel)
         if not section:
             yield path, REQUIRED if field.default is PydanticUndefined else field.default
@@ -64,15 +65,6 @@ def test_the_example_is_right(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     assert load_settings(file).attribution.origin == "example.org/openlora"
-
-
-def test_limits_of_merges_and_sources_are_listed() -> None:
-    rows = {named(row[0])[0]: told(row[1]) for row in table("docs/settings.md", "variable") if row[1]}
-    merges = {f"OPENLORA_MERGE__{field.name.upper()}": field.default for field in fields(MergeLimits)}
-    assert {name: value for name, value in rows.items() if "_MERGE__" in name} == merges
-    sources = {name for row in table("docs/sources.md", "name") for name in named(row[0])}
-    assert sources == {field.name.upper() for field in fields(SourceLimits)}
-    assert all(field.default is not MISSING for field in fields(SourceLimits))
 
 
 def test_codes_of_errors() -> None:
