@@ -16,11 +16,10 @@ from typing import Any
 from eth_account.signers.local import LocalAccount
 from live_server import free_ports
 from web3 import Web3
-from web3.contract.contract import ContractFunction
 
 from openlora.attribution.blobs import model_terms, model_terms_document
 from openlora.attribution.card import parse_card
-from openlora.network.contracts import AttributionLog, Contracts, RewardDistributor, RewardToken, contracts_of
+from openlora.network.contracts import Contracts, RewardDistributor, RewardToken, contracts_of
 from openlora.network.deployment import Deployment
 from openlora.network.signer import load_signer
 from openlora.network.transactions import send
@@ -154,7 +153,3 @@ def settled_size_of(distributor: RewardDistributor, log_id: bytes) -> int:
 
 def balance_of(token: RewardToken, account: str) -> int:
     return token.contract.functions.balanceOf(account).call()
-
-
-def set_submitter(log: AttributionLog, log_id: bytes, submitter: str) -> ContractFunction:
-    return log.contract.functions.setSubmitter(log_id, submitter)

@@ -24,7 +24,7 @@ from anvil_chain import (
     anvil,
     deploy_contracts,
 )
-from chain import set_submitter, settled_size_of
+from chain import settled_size_of
 
 from openlora.attribution.log import ReceiptLog
 from openlora.attribution.settlement.attestation import attest
@@ -336,7 +336,7 @@ def test_two_keys_on_one_log(case: AnchorCase) -> None:
     case.step()
     contract = contracts_of(case.chain.web3, case.deployment).log
     values = {"from": OWNER.address, "gas": 100_000, "maxFeePerGas": 200 * GWEI, "maxPriorityFeePerGas": 100 * GWEI}
-    call = set_submitter(contract, case.key.log_id, OTHER.address)
+    call = contract.set_submitter(case.key.log_id, OTHER.address)
     nonce = case.chain.web3.eth.get_transaction_count(OWNER.address)
     signed = OWNER.sign_transaction(call.build_transaction({**values, "nonce": nonce, "chainId": 31337}))
     case.chain.web3.eth.send_raw_transaction(signed.raw_transaction)
@@ -355,7 +355,7 @@ def test_two_keys_on_one_log(case: AnchorCase) -> None:
 def test_the_submitter_comes_back(case: AnchorCase) -> None:
     contract = contracts_of(case.chain.web3, case.deployment).log
     for submitter, size in ((OTHER, 2), (SUBMITTER, 4), (OTHER, 6)):
-        send(case.chain.web3, OWNER, set_submitter(contract, case.key.log_id, submitter.address))
+        send(case.chain.web3, OWNER, contract.set_submitter(case.key.log_id, submitter.address))
         other = AnchorCase(case.chain, case.deployment, case.state, submitter)
         other.requests = case.requests
         other.serve(2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from chain import Devnet, balance_of, set_submitter
+from chain import Devnet, balance_of
 from eth_account import Account
 from live_server import free_ports
 
@@ -192,7 +192,7 @@ def test_a_contract_s_refusal_is_one_line_with_its_values(devnet: Devnet) -> Non
     with pytest.raises(ContractRefused, match=rf"AccessControlUnauthorizedAccount\(account={owner}, neededRole=0x"):
         devnet.send("owner-3", registry.publish_parameters("{}"))
     with pytest.raises(ContractRefused, match="NotLogOwner"):
-        devnet.send("owner-3", set_submitter(devnet.contracts.log, b"\1" * 32, owner))
+        devnet.send("owner-3", devnet.contracts.log.set_submitter(b"\1" * 32, owner))
 
 
 def test_a_new_deployment_anywhere(devnet: Devnet, tmp_path: Path) -> None:

@@ -395,6 +395,29 @@ def test_no_text_lies_in_any_file_and_forgotten_salts_are_gone(served: Path, tmp
         verify_receipt(log.receipt_json(3), log.key)
 
 
+def test_salts_are_forgotten_by_a_command(served: Path, tmp_path: Path) -> None:
+    state = shutil.copytree(served, tmp_path / "state")
+    before = run("show", "1", "--json", "--state-dir", state)
+    assert run("show", "1", "--json", "--salts", "--state-dir", state)[0] == 0
+    with ReceiptLog.open(state):
+        code, text = run("forget", "1", "--state-dir", state)
+        assert code == 7 and "another process holds the receipt log" in text
+    salts = [salt(number) for number in range(1, 5)]  # a receipt's output and the next one's prompt have one
+    assert all(one in _everything(state / "log") for one in salts)
+    for which in ("0", request_id(2), "2"):
+        seq = json.loads(run("show", which, "--json", "--salts", "--state-dir", state)[1])["seq"]
+        assert run("forget", which, "--state-dir", state)[0] == 0
+        code, text = run("show", which, "--salts", "--state-dir", state)
+        assert code == 2 and f"the salts of receipt {seq} were forgotten" in text
+    assert not any(one in _everything(state / "log") for one in salts)
+    assert json.loads(run("forget", "1", "--json", "--state-dir", state)[1])["seq"] == 1  # once more is no fault
+    assert run("show", "1", "--json", "--state-dir", state) == before
+    assert run("verify", "1", "--log", state / "log.pub", "--state-dir", state)[0] == 0
+    for which in ("9", request_id(9), "x"):
+        assert run("forget", which, "--state-dir", state)[0] == 2
+    assert run("forget", "0", "--state-dir", tmp_path / "nowhere")[0] == 2 and not (tmp_path / "nowhere").exists()
+
+
 def _everything(directory: Path) -> bytes:
     return b"".join(path.read_bytes() for path in directory.rglob("*") if path.is_file())
 

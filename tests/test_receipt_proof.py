@@ -266,6 +266,18 @@ def test_an_export_that_was_interrupted_is_finished_and_a_foreign_one_refused(st
     assert run("fsck", "--export", tmp_path / "nowhere")[0] == 2
 
 
+def test_what_went_missing_from_an_export_is_written_again(state: Path, tmp_path: Path) -> None:
+    target, whole = tmp_path / "target", tmp_path / "whole"
+    with closing(ReceiptLog.open(state, read_only=True)) as log:
+        write_export(log, whole)
+        write_export(log, target)
+        assert log.size() > BUNDLE
+        for name in ("tile/entries/000", "signatures/000", next((target / "blobs").iterdir()).relative_to(target)):
+            (target / name).unlink()
+            write_export(log, target)
+            assert files(target) == files(whole)
+
+
 def change_rows(state: Path, sql: str, *values: Any) -> None:
     with closing(sqlite3.connect(state / "log" / "receipts.sqlite")) as connection, connection:
         assert connection.execute(sql, values).rowcount > 0

@@ -17,12 +17,14 @@ from eth_account import Account
 from eth_account.messages import encode_typed_data
 from settlement_cases import BASE, FRENCH, ZERO32, CaseLog, canonical, key_of, model, tree_root
 
+from openlora.attribution.settlement.attestation import attest
 from openlora.attribution.settlement.chain_state import Allocation, Proposal
 from openlora.attribution.settlement.facts import BlockHeader
 from openlora.network.chain_facts import read_facts
 
 PRICE = 70 + 19  # 10 and 20 tokens of the two models
 DEPOSIT = 10 * PRICE
+REPLACE = ("propose", "--replace-root")
 
 
 @dataclass
@@ -295,6 +297,52 @@ def test_nobody_attests_a_proposal_that_is_wrong(network: Network, what: str) ->
     network.refused(11, says, "attest", "--export", export, *network.key("attestor-1"), "--out", str(out))
     assert not out.exists()
     network.drop_pending()
+
+
+def test_a_wrong_root_that_was_accepted_is_replaced(network: Network) -> None:
+    """By stolen keys, say: nothing more is settled or claimed, until an epoch without allocations mends it."""
+    chain = network.devnet
+    distributor = chain.contracts.distributor
+    exports = ("--export", network.export())
+    network.refused(2, "the accepted root is the computed one", *REPLACE, *exports, *network.key("publisher"))
+    right = distributor.root()
+    wrong = Proposal(distributor.epoch() + 1, b"\7" * 32, distributor.totals().total, ())
+    chain.send("publisher", distributor.propose(wrong.root, wrong.total, ()))
+    attestors = sorted((chain.account(f"attestor-{number}") for number in (1, 2)), key=lambda one: int(one.address, 16))
+    signatures = [attest(one, 31337, distributor.address, wrong).signature for one in attestors]
+    chain.mine(3)
+    chain.send("owner-3", distributor.accept(wrong.epoch, wrong.root, wrong.total, (), signatures))
+    for command in (("epoch",), ("propose", *network.key("publisher")), ("claim", "--all", *network.key("owner-1"))):
+        network.refused(11, "the accepted root is 0707", *command, *exports)
+    proposed = network.ask(*REPLACE, *exports, *network.key("publisher"))["proposal"]
+    assert (proposed["root"], proposed["allocations"]) == ("0x" + right.hex(), [])
+    files = network.attest(exports[1], "attestor-1", "attestor-3")
+    chain.mine(3)
+    network.ask("accept", *files, *network.key("operator"))
+    assert distributor.root() == right
+    network.ask("claim", "--all", *exports, *network.key("owner-1"))
+
+
+def test_ways_back_are_commands(network: Network) -> None:
+    chain = network.devnet
+    exports = ("--export", network.export())
+    network.refused(10, "does not have the role", "pause", *network.key("operator"))
+    network.ask("pause", *network.key("guardian"))
+    assert chain.contracts.distributor.totals().paused
+    first = network.ask("status", *exports)["earners"].popitem()[0]
+    network.refused(10, "is paused", "claim", first, *exports, *network.key("operator"))
+    network.refused(10, "does not have the role", "unpause", *network.key("guardian"))
+    network.ask("unpause", *network.key("admin"))
+    assert not chain.contracts.distributor.totals().paused
+    log_id, other = network.log.log_id, chain.account("owner-3").address
+    deployment = ("--deployment", str(chain.deployment_file))
+    told = chain.ask("set-submitter", log_id.hex(), other, *network.key("operator"), *deployment)
+    assert told["submitter"] == other == chain.contracts.log.head_of(log_id).submitter
+    stranger = chain.command("set-submitter", log_id.hex(), other, *network.key("owner-3"), *deployment)
+    assert stranger.returncode == 10 and len(stranger.stderr.strip().splitlines()) == 1, stranger.stderr
+    for nobody_and_back in ("0x" + "00" * 20, chain.account("operator").address):
+        chain.ask("set-submitter", log_id.hex(), nobody_and_back, *network.key("operator"), *deployment)
+        assert chain.contracts.log.head_of(log_id).submitter == nobody_and_back
 
 
 def test_a_log_whose_history_was_rewritten_settles_nothing_more(network: Network) -> None:

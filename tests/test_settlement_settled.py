@@ -12,7 +12,7 @@ from settlement_cases import CaseLog, Market, second_view
 
 from openlora.attribution.settlement.books import Books, keep_prefixes, open_books
 from openlora.attribution.settlement.chain_state import Proposal
-from openlora.attribution.settlement.epoch import check_proposal, next_epoch
+from openlora.attribution.settlement.epoch import check_proposal, next_epoch, replacement_epoch
 from openlora.attribution.settlement.prefix_store import PrefixStore
 from openlora.errors import InvalidArgument, SettlementDiffers
 
@@ -98,6 +98,11 @@ def test_nothing_is_proposed_or_attested_over_a_root_that_differs(market: Market
     for compute in (lambda: next_epoch(books, NO_CAP), lambda: check_proposal(books, proposal), books.accepted_tree):
         with pytest.raises(SettlementDiffers, match="the accepted root is 0707"):
             compute()
+    mending = replacement_epoch(books).proposal
+    assert mending == Proposal(2, books.reward_tree()[0].root, 3 * PRICE, ())
+    check_proposal(books, mending)
+    with pytest.raises(SettlementDiffers, match="the root is 0808"):
+        check_proposal(books, replace(mending, root=b"\x08" * 32))
     second = second_view(market.chain.facts())
     with pytest.raises(ValueError, match="the accepted root is another one"):
         check_settled(second, [settle_log(second, Export(market.log.write(tmp_path / "log")))])

@@ -16,7 +16,7 @@ from rich.table import Table
 from ..command_group import command_group
 from .frames import STATUS_NAMES
 from .log import LoggedReceipt, ReceiptLog
-from .log_commands import export, fsck, rotate
+from .log_commands import export, forget, fsck, rotate
 from .proof_commands import checkpoint, cosign, prove
 from .receipt_lookup import find_receipt
 from .verify_command import verify
@@ -26,7 +26,7 @@ receipts_app = command_group("Receipts: list, show, verify, prove and export the
 StateDir = Annotated[Path, typer.Option(help="The server's state directory.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON, one receipt per line.")]
 
-for _command in (verify, prove, checkpoint, cosign, export, fsck, rotate):
+for _command in (verify, prove, checkpoint, cosign, export, fsck, forget, rotate):
     receipts_app.command()(_command)
 
 

@@ -1,4 +1,4 @@
-"""`openlora receipts export | fsck | rotate`: a whole log, for others, for the doubtful, and for its end."""
+"""`openlora receipts export | fsck | forget | rotate`: a log for others, for the doubtful, its secrets, and its end."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .custody import rotate as close_and_follow
 from .export import LogExport, write_export
 from .fsck import check_export, check_log
 from .log import ReceiptLog
+from .receipt_lookup import find_receipt
 from .rotation import closed_directory
 
 StateDir = Annotated[Path, typer.Option(help="The server's state directory, or one below its `closed`.")]
@@ -58,6 +59,25 @@ def fsck(
         typer.echo(f"{size} receipts, {len(faults)} faults")
     if faults:
         raise typer.Exit(1)
+
+
+def forget(
+    which: Annotated[str, typer.Argument(metavar="SEQ|REQUEST_ID")],
+    state_dir: StateDir = Path("var"),
+    as_json: AsJson = False,
+) -> None:
+    """Erase a receipt's salts from the log, for good. The server must be stopped.
+
+    Nobody can show from this log any more which texts the receipt is of; it stays valid. Whoever was sent it has its
+    salts, and the journal until the server erases what is projected, minutes after a checkpoint.
+    """
+    with closing(ReceiptLog.open(state_dir, read_only=True)) as log:
+        seq = find_receipt(log, which)
+        log.receipt_json(seq)  # refuses a number that there is not
+    with closing(ReceiptLog.open(state_dir, wait=False)) as log:
+        log.forget_salts(seq)
+    facts = {"seq": seq, "forgotten": ["prompt", "output"]}
+    typer.echo(json.dumps(facts) if as_json else f"the salts of receipt {seq} are erased; the receipt stays valid")
 
 
 def rotate(state_dir: StateDir = Path("var"), as_json: AsJson = False) -> None:

@@ -16,7 +16,15 @@ from ..command_group import command_group
 from ..config import NetworkSettings, load_section
 from ..errors import InvalidArgument, OpenLoRAError
 from .arguments import AsJson, DeploymentFile, Key, StateDir, deployment_file, parse_address, parse_whole
-from .owner_commands import publish_parameters, publish_terms, register_log, register_model, revoke, set_access
+from .owner_commands import (
+    publish_parameters,
+    publish_terms,
+    register_log,
+    register_model,
+    revoke,
+    set_access,
+    set_submitter,
+)
 
 if TYPE_CHECKING:
     from .sync import Synced
@@ -72,7 +80,7 @@ def deploy_contracts(
     typer.echo(deployment.model_dump_json() if as_json else f"deployed on chain {chain_id}; see {out}")
 
 
-for _command in (register_model, publish_terms, set_access, revoke, register_log, publish_parameters):
+for _command in (register_model, publish_terms, set_access, revoke, register_log, set_submitter, publish_parameters):
     network_app.command()(_command)
 
 

@@ -94,6 +94,10 @@ class AttributionLog(_Bound):
         init = (key.origin_hash, key.signer, key.checkpoint_key, key.nonce, key.predecessor)
         return self._change("registerLog", init, submitter, payee, signature)
 
+    def set_submitter(self, log_id: bytes, submitter: str) -> ContractFunction:
+        """Who anchors from now on; zero: nobody. The log's owner's."""
+        return self._change("setSubmitter", log_id, submitter)
+
     def anchor(
         self, log_id: bytes, previous_size: int, previous_root: bytes, size: int, root: bytes
     ) -> ContractFunction:
@@ -142,6 +146,14 @@ class RewardDistributor(_Bound):
     def veto(self) -> ContractFunction:
         """Drops the pending proposal."""
         return self._change("veto")
+
+    def pause(self) -> ContractFunction:
+        """Stops propose, accept and claim; a guardian's."""
+        return self._change("pause")
+
+    def unpause(self) -> ContractFunction:
+        """The admin's."""
+        return self._change("unpause")
 
     def grant_role(self, role: bytes, account: str) -> ContractFunction:
         return self._change("grantRole", role, account)

@@ -142,6 +142,20 @@ def register_log(
         )
 
 
+def set_submitter(
+    log_id: Annotated[str, typer.Argument(metavar="LOG", help="The log's id, 64 hex digits.")],
+    submitter: Annotated[str, typer.Argument(metavar="ADDRESS", help="Who may anchor; zeros: nobody for now.")],
+    key: Key,
+    deployment: DeploymentFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say who anchors a log of yours from now on; the key is its owner's."""
+    log, who = parse_hash(log_id, "LOG"), parse_address(submitter, "ADDRESS")
+    with _Sending(deployment, key) as chain:
+        chain.send(chain.contracts.log.set_submitter(log, who))
+        chain.tell(as_json, f"{who} anchors log {log.hex()[:16]}…", log_id=log.hex(), submitter=who)
+
+
 def publish_parameters(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON of the parameters; see docs/settlement.md.")],
     key: Key,

@@ -196,7 +196,7 @@ class AttributionStep:
             self._checkpoint_fault = fault
 
     def _answer_ready(self, waiting: list[_Waiting]) -> list[_Waiting]:
-        """Give each its receipt, with the salts that open its commitments: they leave the log this once."""
+        """Give each its receipt, with the salts that open its commitments; the log keeps them until told to forget."""
         if not waiting:
             return []
         first = self._log.first_completion

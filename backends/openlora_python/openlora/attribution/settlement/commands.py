@@ -14,7 +14,7 @@ from ...network.arguments import DeploymentFile, parse_address, parse_hash
 from .attestation import Attestation, ascending, attest, proposal_document
 from .books import keep_prefixes
 from .chain_state import ChainState, Proposal, read_state
-from .epoch import check_proposal, next_epoch, stops_of
+from .epoch import check_proposal, next_epoch, replacement_epoch, stops_of
 from .facts import ChainFacts
 from .printing import print_claims, print_epoch, print_sent, print_status
 from .session import ChainSession, judged, open_exports, open_settling, prefix_store, referenced_blocks
@@ -62,6 +62,7 @@ def propose(
     deployment: DeploymentFile = None,
     state_dir: StateDir = Path("var"),
     from_scratch: FromScratch = False,
+    replace_root: Annotated[bool, typer.Option("--replace-root", help="Settle nothing, mend a wrong root.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compute the next epoch and propose it. The key must be a publisher's."""
@@ -69,7 +70,7 @@ def propose(
     pending, distributor = at.books.state.pending, at.session.contracts.distributor
     if pending is not None:
         raise InvalidArgument(f"epoch {pending.epoch} is pending: it is accepted or vetoed first")
-    computed = next_epoch(at.books, distributor.epoch_cap())
+    computed = replacement_epoch(at.books) if replace_root else next_epoch(at.books, distributor.epoch_cap())
     if computed.proposal is None:
         raise InvalidArgument("; ".join(("there is nothing to settle", *at.books.notes, *computed.notes)))
     at.keep(computed.stops)
@@ -132,6 +133,26 @@ def veto(key: Key, deployment: DeploymentFile = None, state_dir: StateDir = Path
     receipt = session.send(session.account(key), session.contracts.distributor.veto())
     result = {"transaction": receipt["transactionHash"].to_0x_hex()}
     print_sent("the pending epoch is vetoed", result, as_json)
+
+
+@settle_app.command("pause")
+def pause(
+    key: Key, deployment: DeploymentFile = None, state_dir: StateDir = Path("var"), as_json: Json = False
+) -> None:
+    """Stop propose, accept and claim, until the admin unpauses. The key must be a guardian's."""
+    session = ChainSession.open(deployment, state_dir)
+    receipt = session.send(session.account(key), session.contracts.distributor.pause())
+    print_sent("paused", {"transaction": receipt["transactionHash"].to_0x_hex()}, as_json)
+
+
+@settle_app.command("unpause")
+def unpause(
+    key: Key, deployment: DeploymentFile = None, state_dir: StateDir = Path("var"), as_json: Json = False
+) -> None:
+    """Go on after a pause. The key must be the admin's."""
+    session = ChainSession.open(deployment, state_dir)
+    receipt = session.send(session.account(key), session.contracts.distributor.unpause())
+    print_sent("settlement goes on", {"transaction": receipt["transactionHash"].to_0x_hex()}, as_json)
 
 
 @settle_app.command("claim")
