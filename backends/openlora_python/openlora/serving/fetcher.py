@@ -24,9 +24,10 @@ from ..adapters.catalog_file import CATALOG_FILE
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.http_source import trusted_certificates
 from ..adapters.ingest_worker import CACHE_DIRECTORY, Ingester, IngestJob, IngestResult
+from ..adapters.missing_files import not_fetchable
 from ..adapters.remote_ingest import RemoteIngest
 from ..adapters.sources import is_uri, parse_uri
-from ..adapters.store import AdapterStore, not_fetchable
+from ..adapters.store import AdapterStore
 from ..engine.wire import Hello
 from ..errors import AdapterInvalid, Internal, OpenLoRAError, Unavailable
 from ..processes.parent_watch import exit_with
@@ -110,7 +111,7 @@ class Fetcher:
         if not is_uri(record.source):
             if self._store.path(digest).is_dir():
                 return  # damaged, and nobody can bring it anew: the engine says what is wrong with it
-            raise Unavailable(not_fetchable(name))
+            raise Unavailable(not_fetchable(record))
         job = IngestJob(name, record.source, digest=digest, restores=record.version)
         uri = parse_uri(record.source)
         async with self._turns[f"{uri.scheme}://{uri.parts.netloc}"]:

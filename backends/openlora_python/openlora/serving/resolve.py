@@ -16,8 +16,9 @@ from ..adapters.adapter_spec import AdapterSpec, parse_adapters
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.catalog_rows import CHAIN_NAME, AdapterRecord
 from ..adapters.chain_view import ChainView
+from ..adapters.missing_files import not_fetchable
 from ..adapters.sources import is_uri
-from ..adapters.store import mark_used, not_fetchable
+from ..adapters.store import mark_used
 from ..attribution.blobs import NO_PARAMETERS, terms_blob
 from ..attribution.card import Card, parse_card
 from ..config import RunConfig
@@ -169,7 +170,7 @@ class ResolverStep:
         """Where its bytes are, or will be before the engine reads them: those of a remote source are fetched."""
         path = self._run.adapter_cache / record.digest
         if not mark_used(path, self._mark_seconds) and not is_uri(record.source):
-            raise Unavailable(f"adapter {record.name}: {not_fetchable(record.name)}")
+            raise Unavailable(f"adapter {record.name}: {not_fetchable(record)}")
         return path
 
     def _sampling(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> SamplingParameters:
