@@ -156,8 +156,11 @@ class ResolverStep:
             def pinned(named: AdapterSpec) -> AdapterRecord:
                 return self._pinned(caller, named, view)
 
+            def knows(named: AdapterSpec) -> bool:
+                return self._may_know(caller, named.name, named.version)
+
             try:
-                return [(spec, self._router.pin(spec, key, pinned)) for spec in specs], view
+                return [(spec, self._router.pin(spec, key, pinned, knows)) for spec in specs], view
             except AdapterNotFound:
                 # Whatever was asked for, so that nobody learns by this what there is.
                 if self._chain is not None and self._chain.awaits(caller):
@@ -247,9 +250,9 @@ class ResolverStep:
             raise AdapterInvalid(f"adapter {spec.name!r}: {record.reason}")
         return record
 
-    def _may_know(self, caller: str, name: str) -> bool:
+    def _may_know(self, caller: str, name: str, version: int | str | None = None) -> bool:
         try:
-            return self._policy.allows(caller, self._catalog.find(name))
+            return self._policy.allows(caller, self._catalog.find(name, version))
         except AdapterNotFound:
             return False
 
