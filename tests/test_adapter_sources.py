@@ -688,6 +688,22 @@ def test_what_is_no_source_is_refused_at_once_and_repeats_no_secret(text, said):
     assert "s3cr3t" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("https://host/adapters/poet/", "poet"),
+        ("hf://org/poet", "poet"),
+        ("hf://org/poet@v1.0", "poet"),
+        ("hf://org/poet@refs%2Fpr%2F1", "poet"),
+        ("hf://org/poet@refs/pr/1", "poet"),
+        ("hf://org/many@main/adapters/poet", "poet"),
+    ],
+)
+def test_an_adapter_is_called_like_the_end_of_its_path(uri, name):
+    assert job_of(uri, None).name == name
+    assert job_of(uri, None).source == uri.rstrip("/")
+
+
 def test_a_missing_driver_is_an_error_that_names_the_extra(state, monkeypatch):
     monkeypatch.setattr("openlora.adapters.sources.importlib.util.find_spec", lambda name: None)
     for uri, package, extra in (("s3://b/k", "s3fs", "s3"), ("gs://b/k", "gcsfs", "gcs")):

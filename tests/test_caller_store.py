@@ -101,6 +101,19 @@ def test_a_key_from_the_future_means_a_clock_that_was_set_back(path: Path) -> No
     assert owner_of(directory, api_key, record.created_at - 3600) is None
 
 
+@pytest.mark.parametrize("ids", [("1", "99"), ("99", "1")])
+def test_of_several_keys_all_are_revoked_or_none(path: Path, ids: tuple[str, str]) -> None:
+    with CallerStore(path) as store:
+        store.add_key("alice")
+        store.add_key("bob")
+        refused = keys(path, "revoke", *ids)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "there is no key 99" in refused.stderr
+        assert [record.revoked_at for record in store.records()] == [None, None]
+        assert keys(path, "revoke", "1", "2").stdout == "key 1 of alice: revoked\nkey 2 of bob: revoked\n"
+        assert None not in [record.revoked_at for record in store.records()]
+
+
 def test_addresses(path: Path) -> None:
     clock = SetClock(time.time())
     with CallerStore(path) as store:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from access_cases import SetClock
 from fetcher_process import running_fetcher
 from receipt_watch import wait_for
 from scripted_source import Fault, ScriptedSource
@@ -36,6 +37,7 @@ from openlora.errors import AdapterInvalid, OpenLoRAError, Overloaded, Unavailab
 from openlora.serving.adapter_supply import AdapterSupply
 from openlora.serving.fetch_client import FetchClient
 from openlora.serving.ticket import Ticket
+from openlora.serving.wrong_bytes import MOST_KEPT, WrongBytes
 
 LIMITS = SourceLimits(attempts=2, first_wait_seconds=0.005, longest_wait_seconds=0.02, keep_seconds=1)
 ADDRESS = "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed"  # from EIP-55
@@ -236,6 +238,47 @@ async def test_bytes_that_do_not_pass_quarantine_every_version_that_has_them(sta
     assert states["poet", digests["poet"]] == states["cook", digests["cook"]] == "ready"
     assert len(http.asked("GET", f"/poet/{WEIGHTS_FILE}")) == 1
     assert not store.holds(digest)
+
+
+async def test_wrong_bytes_are_downloaded_again_after_a_while_only_or_from_another_source(state, base, http, digests):
+    store = known(state, base, http, {"poet": digests["poet"]})
+    weights, words = f"/poet/{WEIGHTS_FILE}", f"adapter poet: its digest is [0-9a-f]{{64}}, {digests['poet']} was"
+    right = http.files[weights]
+    http.files[weights] = right[:-4] + bytes(4)
+    with running_fetcher(state, base, LIMITS) as fetcher:
+        async with client_of(fetcher.address) as asking:
+            for _ in range(3):
+                with pytest.raises(AdapterInvalid, match=words):
+                    await asking.client.fetch(digests["poet"], "poet")
+            assert len(http.asked("GET", weights)) == 1
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                http.files[f"/moved/{file}"] = http.files[f"/poet/{file}"]
+            http.files[f"/moved/{WEIGHTS_FILE}"] = right
+            with Catalog(state / "catalog.sqlite") as catalog:
+                catalog.put(replace(catalog.current("poet", ""), source=f"{http.url}/moved"))
+            await asking.client.fetch(digests["poet"], "poet")
+    assert store.holds(digests["poet"])
+
+
+def test_the_time_until_wrong_bytes_are_looked_at_again_doubles_and_memory_has_a_bound():
+    clock = SetClock(0.0)
+    wrong = WrongBytes(clock)
+    waits = []
+    for _ in range(12):
+        wrong.note("ab", "https://host/a", "other bytes")
+        began = clock.now
+        while wrong.reason("ab", "https://host/a"):
+            clock.now += 1
+        waits.append(clock.now - began)
+    assert waits == [5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 3600, 3600]
+    wrong.note("ab", "https://host/a", "other bytes")
+    assert wrong.reason("ab", "https://host/a") == "other bytes"
+    assert (wrong.reason("ab", "https://host/b"), wrong.reason("cd", "https://host/a")) == (None, None)
+    wrong.forget("ab", "https://host/a")
+    assert wrong.reason("ab", "https://host/a") is None
+    for number in range(MOST_KEPT + 1):
+        wrong.note(f"{number}", "https://host/a", "other bytes")
+    assert (wrong.reason("0", "https://host/a"), wrong.reason("1", "https://host/a")) == (None, "other bytes")
 
 
 def digest_of(config: bytes, weights: bytes, scratch: Path) -> str:

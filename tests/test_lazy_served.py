@@ -246,13 +246,15 @@ def test_other_bytes_are_refused_by_both_digests_and_the_version_stays(
     remote.add()
     right = remote.http.files[remote.weights]
     remote.http.files[remote.weights] = right[:-4] + bytes(4)
-    with pytest.raises(
-        AdapterInvalid, match=f"adapter {remote.name}: its digest is [0-9a-f]{{64}}, {remote.digest} was"
-    ):
-        ask(client, remote.name)
+    for _ in range(2):
+        with pytest.raises(
+            AdapterInvalid, match=f"adapter {remote.name}: its digest is [0-9a-f]{{64}}, {remote.digest} was"
+        ):
+            ask(client, remote.name)
     assert remote.show()["status"] == "ready"
     assert left_over(live) == []
     remote.http.files[remote.weights] = right
+    run(live, "fetch", remote.name)  # who knows better need not wait until the server looks again
     assert ask(client, remote.name).token_ids == ask(client, EAGER).token_ids
 
 

@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,7 @@ from openlora.adapters.commands import adapters_app
 from openlora.adapters.manifest import adapter_manifest
 from openlora.adapters.merge import merge, merge_record, source_of
 from openlora.adapters.merge_plan import MergeLimits, MergeSource
+from openlora.adapters.store import AdapterStore
 from openlora.errors import Unavailable
 
 ADDRESS = "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed"  # from EIP-55
@@ -231,7 +234,68 @@ def test_limits_from_the_servers_file(merged_state, tmp_path):
 def test_a_source_whose_files_are_gone(state):
     shutil.rmtree(state / "adapters" / shown(state, "cook")["digest"])
     done = run(state, "merge", "poet", "cook", "--name", "x")
-    assert (done.exit_code, "are gone from the adapter cache" in done.stderr) == (7, True)
+    words = "the files of cook are gone from the adapter cache: `openlora adapters fetch cook` brings them back"
+    assert (done.exit_code, words in done.stderr) == (7, True)
+    assert run(state, "fetch", "cook").exit_code == 0
+    assert run(state, "merge", "poet", "cook", "--name", "x").exit_code == 0
+
+
+def test_a_merge_whose_files_are_gone_is_not_fetched_but_made_again(merged_state, tmp_path):
+    """What could be fetched beside it is, and every name is told of."""
+    state = Path(shutil.copytree(merged_state, tmp_path / "state"))
+    digests = {name: shown(state, name)["digest"] for name in ("both", "cook", "poet")}
+    shutil.rmtree(state / "adapters" / digests["both"])
+    words = "came from no URI; `openlora adapters merge` makes the same ones again"
+    done = run(state, "merge", "poet", "both", "--name", "more")
+    assert (done.exit_code, "`openlora adapters merge` makes the same ones again" in done.stderr) == (7, True)
+    shutil.rmtree(state / "adapters" / digests["cook"])
+    done = run(state, "fetch")
+    assert done.exit_code == 7
+    assert f"cook version 1: fetched ({digests['cook'][:16]}…)\n" in done.stdout
+    assert f"both: failed: its files are not in the cache and {words}\n" in done.stdout
+    assert words in done.stderr
+    assert run(state, "merge", "poet=0.7", "cook=-0.4", "--name", "both").exit_code == 0
+    assert run(state, "fetch").stdout == ""
+
+
+def test_a_merge_makes_room_in_the_cache_or_is_refused(state):
+    with Catalog(state / "catalog.sqlite") as catalog:
+        local = catalog.current("poet", "")
+        for name, digest in (("old", "ab" * 32), ("older", "cd" * 32)):
+            catalog.put(replace(local, name=name, digest=digest, source=f"https://host/{name}"))
+    store = AdapterStore(state / "adapters")
+    for age, digest in ((9000, "ab" * 32), (10000, "cd" * 32)):
+        store.path(digest).mkdir()
+        (store.path(digest) / "adapter_model.safetensors").write_bytes(bytes(1 << 20))
+        os.utime(store.path(digest), (time.time() - age,) * 2)
+    size = sum(copy.size for copy in store.copies())
+    done = run(state, "merge", "poet", "cook", "--name", "x", environment={"OPENLORA_SOURCES__CACHE_BYTES": str(size)})
+    assert done.exit_code == 0, done.stderr
+    assert sum(copy.size for copy in store.copies()) <= size
+    assert store.path("ab" * 32).exists() and not store.path("cd" * 32).exists()
+    full = {"OPENLORA_SOURCES__CACHE_BYTES": str(size - (2 << 20))}
+    done = run(state, "merge", "poet", "cook=0.5", "--name", "y", environment=full)
+    assert (done.exit_code, "[OVERLOADED] the adapter cache may hold" in done.stderr) == (7, True)
+    assert run(state, "show", "y").exit_code == 4
+
+
+def test_the_sources_of_a_merge_stay_while_it_runs(state):
+    store = AdapterStore(state / "adapters")
+    digests = [shown(state, name)["digest"] for name in ("poet", "cook")]
+    computed = threading.Event()
+
+    def follow(event):
+        if event.done == event.total:
+            computed.set()
+
+    with Catalog(state / "catalog.sqlite") as catalog, ThreadPoolExecutor() as threads:
+        with store.writing():  # the worker waits for this at its end
+            sources = parse_adapters('["poet", "cook"]')
+            merging = threads.submit(merge, state, catalog.base(), "x", sources, progress=follow)
+            assert computed.wait(60)
+            assert not any(store.evict(digest) for digest in digests)
+        assert merging.result().computed
+    assert not any(store.is_leased(digest) for digest in digests)
 
 
 @pytest.mark.parametrize(

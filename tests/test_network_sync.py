@@ -24,7 +24,7 @@ from openlora.attribution.settlement.registry import Registry
 from openlora.errors import AdapterNotFound, ChainMismatch, InvalidArgument, Unavailable
 from openlora.network.chain_facts import read_facts
 from openlora.network.registry_state import registry_view
-from openlora.network.sync import only_sync
+from openlora.network.sync import CatalogSync, only_sync
 
 SEEDS = count()
 
@@ -171,6 +171,24 @@ def test_what_can_t_be_served_is_said_and_hurts_nobody(node: ChainNode, changes:
     assert node.names() == [f"{node.address()}/good"]
     (why,) = synced.refused.values()
     assert words in why
+
+
+def test_an_owner_can_not_have_the_node_ask_servers_beside_it(node: ChainNode, devnet: Devnet) -> None:
+    """http:// is taken from this machine's own chain alone, and to this machine alone."""
+    good = f"{node.address()}/good"
+    for number, uri in enumerate(("http://169.254.169.254/latest", "HTTP://10.0.0.1/x", "http://[::1/x")):
+        node.publish(f"bad{number}", uri=uri)
+    node.publish("good")
+    synced = node.sync.once()
+    assert node.names() == [good]
+    assert sorted(name.partition(" ")[0] for name in synced.refused) == [f"{node.address()}/bad{n}" for n in range(3)]
+    assert sum("https://, s3://, gs:// and hf:// only" in why for why in synced.refused.values()) == 2
+
+    elsewhere = devnet.deployment.model_copy(update={"rpc_url": "https://rpc.example.org"})
+    sync = CatalogSync(node.state, node.settings, elsewhere, devnet.web3)
+    assert len(sync.once().refused) == 4
+    assert node.names() == []
+    sync.close()
 
 
 def test_terms_that_no_receipt_could_name_are_refused(node: ChainNode, devnet: Devnet) -> None:

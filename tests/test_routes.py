@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,14 @@ from typer.testing import CliRunner
 from openlora.adapters.catalog import Catalog
 from openlora.adapters.catalog_reader import CatalogReader
 from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts
+from openlora.adapters.chain_view import CHAIN_ORIGIN, ChainTerms, ChainView
 from openlora.adapters.ingest import ingest, sync_directory
 from openlora.adapters.ingest_worker import IngestJob
 from openlora.adapters.routes import Group, Routes, RoutesReader, Target
 from openlora.adapters.routes_commands import routes_app
 from openlora.config import BaseModelFacts, RunConfig, Settings
-from openlora.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, OpenLoRAError
+from openlora.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, OpenLoRAError, Unavailable
+from openlora.network.deployment import CONTRACT_NAMES, Deployment
 from openlora.serving.resolve import ResolverStep
 from openlora.serving.seal import Seal, write_run_key
 from openlora.serving.ticket import TicketOffice
@@ -31,6 +34,7 @@ from openlora.serving.ticket import TicketOffice
 TEXT = b"hello"
 SECRET = "secret"  # an adapter of alice's
 ALICE_KEY = "alice-key"
+CHAIN_OWNER = "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed"  # from EIP-55
 KEYS = [f"conversation {number}" for number in range(4000)]
 NAMES = st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=6, unique=True)
 
@@ -164,11 +168,16 @@ def test_no_adapter_takes_the_name_of_a_group_whoever_brings_it(catalog_path: Pa
 
 @pytest.fixture
 def ask(catalog_path: Path):
+    return asking(catalog_path, None)
+
+
+def asking(catalog_path: Path, deployment: Path | None):
     """Asks the real resolver of a server without Triton; the names and digests in the ticket."""
     state = catalog_path.parent
     settings = Settings(
         model=state,
         access={"callers": {"alice": key_digest(ALICE_KEY)}, "private": {SECRET: ["alice"]}},
+        network={"deployment": deployment},
     )
     base = BaseModelFacts(name="m", path=state, digest="0" * 64, card=None, eos_token_ids=(2,), max_model_len=64)
     run = RunConfig(settings=settings, base=base, state_dir=state, socket_dir=state, shm_prefix="x", launcher_pid=1)
@@ -239,6 +248,29 @@ def test_a_forbidden_or_missing_target_is_like_a_group_that_does_not_exist(ask, 
         versioned = refusal(ask, f'[{{"name": "{name}", "version": 1}}]')
         assert str(versioned) == str(refusal(ask, '[{"name": "nobody", "version": 1}]')).replace("nobody", name)
     assert list(ask("canary", alice=True)) == [SECRET]
+
+
+def test_a_chain_that_is_silent_tells_a_stranger_of_no_group_and_no_task(catalog_path: Path, tmp_path: Path) -> None:
+    """An adapter of the chain's is behind both, and nobody can say whether it is still alice's alone."""
+    places = {name: {"address": CHAIN_OWNER, "code_hash": "0x" + "1" * 64} for name in CONTRACT_NAMES}
+    facts = {"chain_id": 7, "genesis": "0x" + "2" * 64, "rpc_url": "http://127.0.0.1:1", "start_block": 0}
+    deployment = tmp_path / "deployment.json"
+    Deployment(**facts, confirmations=0, contracts=places).save(deployment)
+    name, rule = f"{CHAIN_OWNER}/poet", {"policy": "allow-list", "callers": ["alice"]}
+    made = record(name, digest="ab" * 32, origin=CHAIN_ORIGIN, card={**card(["poetry"]), "access": rule})
+    with Catalog(catalog_path) as catalog:
+        stale = ChainView(7, CHAIN_OWNER, 1, "3" * 64, None, None, time.time() - 3600)
+        catalog.follow_chain(stale, [ChainTerms(name, made.digest, made.card)])
+        catalog.put(made)
+    set_group(catalog_path, "canary", Target(name, 1))
+    ask = asking(catalog_path, deployment)
+    for asked, unknown in (("canary", "nosuch"), ('[{"task": "poetry"}]', '[{"task": "nosuch"}]')):
+        stranger = refusal(ask, asked)
+        assert isinstance(stranger, AdapterNotFound)
+        wanted = "poetry" if "task" in asked else asked
+        assert str(stranger).replace(wanted, "nosuch") == str(refusal(ask, unknown))
+        assert isinstance(refusal(ask, asked, alice=True), Unavailable)
+    assert isinstance(refusal(ask, name), Unavailable)  # as any name of a chain's
 
 
 @pytest.mark.parametrize("gone", ["removed", "quarantined", "forbidden"])

@@ -4,10 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..errors import Overloaded
+from .catalog_reader import CatalogReader
 from .sources import SourceLimits
-from .store import CachedCopy
+from .store import AdapterStore, CachedCopy
+
+
+class CacheRoom:
+    """What the quota leaves in a cache, by what the catalog and living requests say of the copies that are there."""
+
+    def __init__(self, catalog_path: Path, store: AdapterStore, limits: SourceLimits) -> None:
+        self._catalog_path = catalog_path
+        self._store = store
+        self._limits = limits
+
+    def check(self, more: int) -> list[str]:
+        """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
+        if self._limits.cache_bytes is None:
+            return []
+        with CatalogReader(self._catalog_path) as reader:
+            kept = reader.irreplaceable()
+        return evictions(
+            self._store.copies(), lambda digest: digest in kept or self._store.is_leased(digest), more, self._limits
+        )
+
+    def make(self, digest: str, size: int) -> None:
+        """Evict what must go for a copy of `size` bytes, unless it is there. Only inside `writing()`.
+
+        Raises:
+            Overloaded: as `check`.
+        """
+        if self._store.holds(digest):
+            return
+        while chosen := self.check(size):  # what somebody needs since it was chosen stays, and others are
+            for leaving in chosen:
+                self._store.evict(leaving)
 
 
 def evictions(

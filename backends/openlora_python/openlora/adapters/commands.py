@@ -31,9 +31,10 @@ from .ingest_jobs import check_result, fetch_evicted, job_of
 from .ingest_worker import CACHE_DIRECTORY, Copied, Downloaded, Event, IngestResult
 from .lora_config import parse_object
 from .manifest import model_manifest
-from .merge import SOURCE_PREFIX, ModuleMerged, merge_record
+from .merge import ModuleMerged, merge_record
 from .merge import merge as merge_adapters
 from .merge_plan import METHODS, MergeLimits
+from .missing_files import MERGE_PREFIX
 from .printable import printable
 from .sources import SourceLimits
 from .store import MAX_CARD_BYTES
@@ -98,10 +99,14 @@ def fetch(
         )
     if as_json:
         typer.echo(msgspec.json.encode(results))
+    else:
+        for result in results:
+            if result.status == "ready":
+                typer.echo(f"{result.name} version {result.version}: fetched ({result.digest[:16]}…)")
+            else:
+                typer.echo(f"{result.name}: {result.status}: {printable(result.reason)}")
     for result in results:
         check_result(result)
-        if not as_json:
-            typer.echo(f"{result.name} version {result.version}: fetched ({result.digest[:16]}…)")
 
 
 @adapters_app.command("list")
@@ -236,6 +241,7 @@ def merge(
             rank=rank,
             card=terms,
             limits=load_section(MergeLimits, config),
+            cache=load_section(SourceLimits, config),
             progress=follow,
         )
     if as_json:
@@ -344,5 +350,5 @@ def _as_tree(record: AdapterRecord, state_dir: Path) -> dict[str, Any]:
     path = state_dir / CACHE_DIRECTORY / record.digest if record.digest and record.status == "ready" else None
     if path and not path.is_dir():  # evicted
         path = None
-    merged = merge_record(path) if path and record.source.startswith(SOURCE_PREFIX) else None
+    merged = merge_record(path) if path and record.source.startswith(MERGE_PREFIX) else None
     return {**tree, "path": str(path) if path else None, "merge": msgspec.to_builtins(merged)}

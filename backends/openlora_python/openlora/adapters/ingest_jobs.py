@@ -11,6 +11,7 @@ from .catalog_rows import BaseFacts
 from .chain_view import CHAIN_ORIGIN
 from .ingest import Progress, ingest
 from .ingest_worker import CACHE_DIRECTORY, IngestJob, IngestResult, known_records
+from .missing_files import MERGE_PREFIX, not_fetchable
 from .sources import SourceLimits, SourceUri, is_uri, parse_uri
 from .store import AdapterStore
 
@@ -58,6 +59,8 @@ def fetch_evicted(
 ) -> list[IngestResult]:
     """Bring back the bytes of all ready versions of `names` (none = of every name) that aren't in the cache.
 
+    Those of merges are `failed`: they came from nowhere.
+
     Raises:
         AdapterNotFound: for a name that has no ready version.
     """
@@ -65,6 +68,8 @@ def fetch_evicted(
     ready = [record for record in known_records(state_dir) if record.status == "ready"]
     if unknown := sorted(set(names) - {record.name for record in ready}):
         raise AdapterNotFound(f"no adapter {unknown[0]!r} is ready")
+    gone = [record for record in ready if (not names or record.name in names) and not store.holds(record.digest)]
+    merged = [record for record in gone if record.source.startswith(MERGE_PREFIX)]
     jobs = [
         IngestJob(
             record.name,
@@ -73,10 +78,13 @@ def fetch_evicted(
             digest=record.digest,
             restores=record.version,
         )
-        for record in ready
-        if (not names or record.name in names) and not store.holds(record.digest)
+        for record in gone
+        if record not in merged
     ]
-    return ingest(state_dir, base, jobs, progress, limits)
+    return ingest(state_dir, base, jobs, progress, limits) + [
+        IngestResult(record.name, "failed", record.version, record.digest, reason=not_fetchable(record))
+        for record in merged
+    ]
 
 
 def check_result(result: IngestResult) -> None:

@@ -20,7 +20,7 @@ from ..attribution.card import parse_card
 from ..errors import AdapterInvalid, InvalidArgument, OpenLoRAError, Overloaded, Unavailable
 from ..processes.worker_process import Fatal, take_request
 from .base_modules import BaseModules, base_modules
-from .cache_quota import evictions
+from .cache_quota import CacheRoom
 from .catalog import Catalog
 from .catalog_file import CATALOG_FILE
 from .catalog_reader import CatalogReader
@@ -134,7 +134,7 @@ class Ingester:
         self._catalog = catalog
         self._store = store
         self._report = report
-        self._limits = limits or SourceLimits()
+        self.room = CacheRoom(state_dir / CATALOG_FILE, store, limits or SourceLimits())
 
     def bring_in(self, job: IngestJob, fetched: Fetched | None = None) -> IngestResult:
         """One adapter, to the catalog as ready or quarantined; `fetched` is what was downloaded of a remote one.
@@ -181,7 +181,7 @@ class Ingester:
                     if fault is not None:
                         raise fault
                     facts = self._validated(found.name, incoming.directory, made_for)
-                    self._make_room(found.digest, incoming.size)
+                    self.room.make(found.digest, incoming.size)
                     self._store.admit(incoming)
             found = replace(found, rank=facts.rank, target_modules=facts.target_modules)
         except AdapterInvalid as error:
@@ -241,23 +241,6 @@ class Ingester:
     def is_current(self, known: AdapterRecord, source_state: str, digest: str) -> bool:
         """Whether it would be brought in again in vain; `digest` is the only one that is wanted, if given."""
         return digest in ("", known.digest) and is_unchanged(known, source_state, self._base, self._store)
-
-    def check_room(self, more: int) -> list[str]:
-        """What would have to be evicted for `more` bytes; raises Overloaded when that isn't enough."""
-        if self._limits.cache_bytes is None:
-            return []
-        with CatalogReader(self._state_dir / CATALOG_FILE) as reader:
-            kept = reader.irreplaceable()
-        return evictions(
-            self._store.copies(), lambda digest: digest in kept or self._store.is_leased(digest), more, self._limits
-        )
-
-    def _make_room(self, digest: str, size: int) -> None:
-        if self._store.holds(digest):
-            return
-        while chosen := self.check_room(size):  # what somebody needs since it was chosen stays, and others are
-            for leaving in chosen:
-                self._store.evict(leaving)
 
     @cached_property
     def _modules(self) -> BaseModules:

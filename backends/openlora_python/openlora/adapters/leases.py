@@ -11,8 +11,8 @@ import os
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 LEASES_FILE = ".leases"  # below the cache
@@ -34,6 +34,15 @@ class Leases:
             self._held[digest] += 1
             if self._held[digest] == 1:
                 _set(self._file, fcntl.F_OFD_SETLKW, fcntl.F_RDLCK, digest)
+
+    @contextmanager
+    def of(self, digests: Iterable[str]) -> Iterator[None]:
+        """Those of `digests`, until the body ends."""
+        with ExitStack() as stack:
+            for digest in digests:
+                self.take(digest)
+                stack.callback(self.give_back, digest)
+            yield
 
     def give_back(self, digest: str) -> None:
         with self._lock:

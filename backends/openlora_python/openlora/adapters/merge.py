@@ -19,6 +19,7 @@ from ..errors import Internal, InvalidArgument, Overloaded, Unavailable
 from ..processes.worker_process import run_worker
 from .adapter_spec import AdapterSpec
 from .base_modules import BaseModules, base_modules
+from .cache_quota import CacheRoom
 from .catalog import Catalog, Change, check_name
 from .catalog_file import CATALOG_FILE
 from .catalog_reader import CatalogReader
@@ -28,9 +29,9 @@ from .lora_config import AdapterConfig
 from .manifest import WEIGHTS_FILE
 from .merge_layout import MergedModule, lay_out
 from .merge_plan import RECORD_KEY, MergeLimits, MergePlan, MergeSource, read_record
+from .missing_files import MERGE_PREFIX, way_back
+from .sources import SourceLimits
 from .store import AdapterStore
-
-SOURCE_PREFIX = "merge:"  # in the catalog, where other adapters have the path that they came from
 
 
 class MergeRequest(msgspec.Struct, frozen=True):
@@ -43,6 +44,7 @@ class MergeRequest(msgspec.Struct, frozen=True):
     plan: MergePlan
     card: dict[str, Any] | None
     limits: MergeLimits
+    cache: SourceLimits
 
 
 class ModuleMerged(msgspec.Struct, frozen=True, tag="module"):
@@ -90,6 +92,7 @@ def merge(
     rank: int | None = None,
     card: dict[str, Any] | None = None,
     limits: MergeLimits | None = None,
+    cache: SourceLimits | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters of the catalog into version 1, or the next one, of `name`.
@@ -98,13 +101,13 @@ def merge(
         sources: with weights; versions as in a request.
         method: one of `merge_plan.METHODS`; the settings after it as in `MergePlan.of`.
         card: terms of the new adapter, as in `openlora.json`.
-        limits: default: those of no settings.
+        limits, cache: of merges, and of what is kept on disk; default: those of no settings.
         progress: is told of every module that is done.
 
     Raises:
         InvalidArgument: a bad name, method or setting, ranks that don't fit, or no memory for it.
         AdapterNotFound, AdapterInvalid: a source isn't there, is quarantined, or the result's numbers overflow.
-        Overloaded: the quota of merged adapters is used up.
+        Overloaded: the quota of merged adapters, or that of the cache, is used up.
         Unavailable: a full disk, or the worker was killed.
     """
     check_name(name)
@@ -130,6 +133,7 @@ def merge(
         plan,
         card,
         limits or MergeLimits(),
+        cache or SourceLimits(),
     )
     prepared = prepare(request)
     return prepared if isinstance(prepared, MergeResult) else _computed(request, progress)
@@ -140,22 +144,27 @@ def prepare(request: MergeRequest) -> Prepared | MergeResult:
     state_dir, plan = Path(request.state_dir), request.plan
     store = AdapterStore(state_dir / CACHE_DIRECTORY)
     with CatalogReader(state_dir / CATALOG_FILE) as reader:
-        merged = [record for record in reader.records() if record.source.startswith(SOURCE_PREFIX)]
+        records = reader.records()
+    merged = [record for record in records if record.source.startswith(MERGE_PREFIX)]
     if again := _same(merged, plan, store):
         return _named(request, again)
     modules = base_modules(Path(request.base.path), request.base.digest, state_dir / MODULES_DIRECTORY)
-    if lost := next((source.digest for source in plan.sources if not store.holds(source.digest)), None):
-        raise Unavailable(f"the files of {lost[:16]}… are gone from the adapter cache: add it again")
+    named = zip(request.names, plan.sources, strict=True)
+    lost = {(name, source.digest) for name, source in named if not store.holds(source.digest)}
+    if record := next((record for record in records if (record.name, record.digest) in lost), None):
+        raise Unavailable(f"the files of {record.name} are gone from the adapter cache: {way_back(record)}")
     sources = tuple(store.path(source.digest) for source in plan.sources)
     configs = [AdapterConfig.read(path) for path in sources]
     layout = lay_out(plan, request.names, configs, modules, request.base.max_rank, request.limits)
-    _check_quota(merged, store, sum(module.bytes for module in layout), request.limits)
+    size = sum(module.bytes for module in layout)
+    _check_quota(merged, store, size, request.limits)
+    CacheRoom(state_dir / CATALOG_FILE, store, request.cache).check(size)
     return Prepared(layout, modules, sources)
 
 
 def source_of(plan: MergePlan) -> str:
     """What the catalog says of a merged adapter's origin."""
-    return SOURCE_PREFIX + plan.key
+    return MERGE_PREFIX + plan.key
 
 
 def merge_record(directory: Path) -> MergePlan | None:

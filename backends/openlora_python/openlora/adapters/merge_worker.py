@@ -20,10 +20,12 @@ import torch
 
 from ..errors import OpenLoRAError, Unavailable
 from ..processes.worker_process import Fatal, take_request
+from .cache_quota import CacheRoom
 from .catalog import Catalog
 from .catalog_file import CATALOG_FILE
 from .catalog_rows import AdapterRecord
 from .ingest_worker import CACHE_DIRECTORY
+from .leases import Leases
 from .manifest import CONFIG_FILE, WEIGHTS_FILE
 from .merge import MergeRequest, MergeResult, ModuleMerged, Prepared, prepare, result, source_of
 from .merge_files import write_merged
@@ -42,7 +44,10 @@ def run(request: MergeRequest, report: Report) -> MergeResult:
     Raises:
         OpenLoRAError: see `merge.merge`.
     """
-    with _scratch(Path(request.state_dir) / SCRATCH_DIRECTORY) as directory:
+    state_dir = Path(request.state_dir)
+    leases = Leases(AdapterStore(state_dir / CACHE_DIRECTORY).directory)
+    sources = {source.digest for source in request.plan.sources}
+    with _scratch(state_dir / SCRATCH_DIRECTORY) as directory, leases.of(sources):
         prepared = prepare(request)
         if isinstance(prepared, MergeResult):
             return prepared
@@ -67,6 +72,7 @@ def _admitted(request: MergeRequest, prepared: Prepared, directory: Path) -> Mer
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             incoming.copy(source, name, limit, lambda size: None)
         facts = validate_adapter(request.name, incoming.directory, None, prepared.modules, base.digest, base.max_rank)
+        CacheRoom(state_dir / CATALOG_FILE, store, request.cache).make(incoming.manifest().digest, incoming.size)
         record = AdapterRecord(
             request.name,
             0,

@@ -137,7 +137,7 @@ class RemoteIngest:
             CARD_FILE: MAX_CARD_BYTES,
             WEIGHTS_FILE: self._ingester.largest_weights,
         }
-        room = self._ingester.check_room
+        room = self._ingester.room.check
         if job.restores:  # by its digest: neither its terms nor a state of the source have a say
             return Wanted(largest, room, lambda state: None, files=(CONFIG_FILE, WEIGHTS_FILE))
         if job.lazy:

@@ -19,6 +19,7 @@ from ..errors import InvalidArgument
 
 HTTP_SCHEMES = ("http", "https")
 DRIVERS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "hf": ("huggingface_hub", "hf")}  # module, extra of ours
+HF_REVISION = re.compile(r"@(refs/(convert|pr)/[^/]+|[^/]*)")  # in hf://ORGANISATION/REPOSITORY@REVISION/PATH
 MAX_URI_LENGTH = 2048
 HIDDEN = "…"
 MIN_BYTES_PER_SECOND = 1024  # on average over a stall's time
@@ -113,8 +114,9 @@ class SourceUri:
 
     @property
     def name(self) -> str:
-        """The last part of its path: what an adapter from here is called by default."""
-        return unquote(self.public.rpartition("/")[2])
+        """The last part of its path, without a revision: what an adapter from here is called by default."""
+        path = HF_REVISION.sub("", self.public, count=1) if self.scheme == "hf" else self.public
+        return unquote(path.rpartition("/")[2])
 
     def redacted(self, text: str) -> str:
         """`text` without anything secret of this URI."""

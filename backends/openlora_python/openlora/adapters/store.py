@@ -269,11 +269,6 @@ def mark_used(copy: Path, seconds: float) -> bool:
     return True
 
 
-def not_fetchable(name: str) -> str:
-    """Why no server brings the files of adapter `name` back, and what a person can do."""
-    return f"its files are not in the cache and came from no URI; `openlora adapters fetch {name}` brings them back"
-
-
 def settled_state(state: dict[str, list[int]]) -> str:
     """`state` as text, or empty when a file is so young that a later change might leave the same timestamps."""
     newest = max((times for _, mtime, ctime, _, _ in state.values() for times in (mtime, ctime)), default=0)

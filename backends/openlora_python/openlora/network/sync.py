@@ -25,13 +25,13 @@ from ..adapters.ingest import ingest
 from ..adapters.ingest_jobs import job_of
 from ..adapters.ingest_worker import IngestJob, IngestResult
 from ..adapters.printable import printable
-from ..adapters.sources import SourceLimits
+from ..adapters.sources import SourceLimits, parse_uri
 from ..config import NetworkSettings
 from ..errors import InvalidArgument
 from ..processes.lock_file import locked
 from .chain_card import chain_card
 from .chain_facts import read_facts
-from .deployment import Deployment
+from .deployment import Deployment, is_loopback
 from .registry_state import ModelInForce, RegistryView, registry_view
 
 if TYPE_CHECKING:
@@ -138,10 +138,20 @@ class CatalogSync:
             name = f"{model.owner}/{model.name}"
             try:
                 check_name(name, CHAIN_ORIGIN)
-                announced.append(Announced(name, model.digest.hex(), model.uri, chain_card(model)))
+                card = chain_card(model)
+                self._check_uri(model.uri)
+                announced.append(Announced(name, model.digest.hex(), model.uri, card))
             except InvalidArgument as error:
                 refused[printable(f"{name} ({model.digest.hex()[:16]}…)")] = printable(str(error))
         return announced, refused
+
+    def _check_uri(self, uri: str) -> None:
+        """Raises InvalidArgument for http://, by which an owner could have this node ask servers beside it for things;
+        on a devnet of this machine, adapters may be on it, too."""
+        if not uri.lower().startswith("http://"):
+            return
+        if not (self._deployment.is_local_devnet and is_loopback(parse_uri(uri).public)):
+            raise InvalidArgument(f"{uri:.200}: a chain may name https://, s3://, gs:// and hf:// only")
 
     def _view(self, registry: RegistryView, base: BaseFacts, read_at: float, refused: dict[str, str]) -> ChainView:
         parameters, block = registry.parameters, registry.block

@@ -24,14 +24,16 @@ from ..adapters.catalog_file import CATALOG_FILE
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.http_source import trusted_certificates
 from ..adapters.ingest_worker import CACHE_DIRECTORY, Ingester, IngestJob, IngestResult
+from ..adapters.missing_files import not_fetchable
 from ..adapters.remote_ingest import RemoteIngest
 from ..adapters.sources import is_uri, parse_uri
-from ..adapters.store import AdapterStore, not_fetchable
+from ..adapters.store import AdapterStore
 from ..engine.wire import Hello
 from ..errors import AdapterInvalid, Internal, OpenLoRAError, Unavailable
 from ..processes.parent_watch import exit_with
 from .fetch_wire import Fetch, Fetched, FetcherConfig, Ready, ToFetcher
 from .status import StatusReporter
+from .wrong_bytes import WrongBytes
 
 SERVERS = 8  # that may be busy with as many downloads as `SourceLimits.parallel` allows of one
 RETRY_AFTER_MS = 5000
@@ -57,6 +59,7 @@ class Fetcher:
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.limits.parallel)
         )
+        self._wrong = WrongBytes()
         self._asking: dict[str, set[bytes]] = {}  # digest that is being fetched -> clients
         self._tasks: set[asyncio.Task[None]] = set()
         self._encoder = msgspec.msgpack.Encoder()
@@ -110,13 +113,20 @@ class Fetcher:
         if not is_uri(record.source):
             if self._store.path(digest).is_dir():
                 return  # damaged, and nobody can bring it anew: the engine says what is wrong with it
-            raise Unavailable(not_fetchable(name))
+            raise Unavailable(not_fetchable(record))
+        if reason := self._wrong.reason(digest, record.source):
+            raise AdapterInvalid(reason)
         job = IngestJob(name, record.source, digest=digest, restores=record.version)
         uri = parse_uri(record.source)
         async with self._turns[f"{uri.scheme}://{uri.parts.netloc}"]:
             downloading = self._threads.submit(self._remote.download, job)
             await asyncio.wait([asyncio.wrap_future(downloading)])
-        check(self._remote.bring_in(job, downloading))
+        result = self._remote.bring_in(job, downloading)
+        if result.digest not in ("", digest):
+            self._wrong.note(digest, record.source, result.reason)
+        elif result.status == "ready":
+            self._wrong.forget(digest, record.source)
+        check(result)
 
     async def _tell(self, client: bytes, message: Ready | Fetched) -> None:
         await self._clients.send_multipart([client, self._encoder.encode(message)])

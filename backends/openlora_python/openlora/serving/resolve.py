@@ -16,8 +16,9 @@ from ..adapters.adapter_spec import AdapterSpec, parse_adapters
 from ..adapters.catalog_reader import CatalogReader
 from ..adapters.catalog_rows import CHAIN_NAME, AdapterRecord
 from ..adapters.chain_view import ChainView
+from ..adapters.missing_files import not_fetchable
 from ..adapters.sources import is_uri
-from ..adapters.store import mark_used, not_fetchable
+from ..adapters.store import mark_used
 from ..attribution.blobs import NO_PARAMETERS, terms_blob
 from ..attribution.card import Card, parse_card
 from ..config import RunConfig
@@ -155,8 +156,11 @@ class ResolverStep:
             def pinned(named: AdapterSpec) -> AdapterRecord:
                 return self._pinned(caller, named, view)
 
+            def knows(named: AdapterSpec) -> bool:
+                return self._may_know(caller, named.name, named.version)
+
             try:
-                return [(spec, self._router.pin(spec, key, pinned)) for spec in specs], view
+                return [(spec, self._router.pin(spec, key, pinned, knows)) for spec in specs], view
             except AdapterNotFound:
                 # Whatever was asked for, so that nobody learns by this what there is.
                 if self._chain is not None and self._chain.awaits(caller):
@@ -169,7 +173,7 @@ class ResolverStep:
         """Where its bytes are, or will be before the engine reads them: those of a remote source are fetched."""
         path = self._run.adapter_cache / record.digest
         if not mark_used(path, self._mark_seconds) and not is_uri(record.source):
-            raise Unavailable(f"adapter {record.name}: {not_fetchable(record.name)}")
+            raise Unavailable(f"adapter {record.name}: {not_fetchable(record)}")
         return path
 
     def _sampling(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> SamplingParameters:
@@ -246,9 +250,9 @@ class ResolverStep:
             raise AdapterInvalid(f"adapter {spec.name!r}: {record.reason}")
         return record
 
-    def _may_know(self, caller: str, name: str) -> bool:
+    def _may_know(self, caller: str, name: str, version: int | str | None = None) -> bool:
         try:
-            return self._policy.allows(caller, self._catalog.find(name))
+            return self._policy.allows(caller, self._catalog.find(name, version))
         except AdapterNotFound:
             return False
 

@@ -12,7 +12,7 @@ import re
 import secrets
 import sqlite3
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -125,18 +125,18 @@ class CallerStore:
         except sqlite3.IntegrityError:
             raise InvalidArgument(f"{address} is known already: revoke it first", field="address") from None
 
-    def revoke(self, key_id: int) -> KeyRecord:
-        """End a key for ever; one that is revoked already stays as it is.
+    def revoke(self, *key_ids: int) -> list[KeyRecord]:
+        """End keys for ever, all or none; what is revoked already stays as it is.
 
         Raises:
-            InvalidArgument: there is none with this id.
+            InvalidArgument: there is none with one of these ids.
         """
         with transaction(self._connection):
-            record = self.get(key_id)
-            if record.revoked_at is None:
-                record = replace(record, revoked_at=int(time.time()))
-                self._connection.execute("UPDATE keys SET revoked_at = ? WHERE id = ?", (record.revoked_at, key_id))
-        return record
+            now = int(time.time())
+            self._connection.executemany(
+                "UPDATE keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", [(now, key) for key in key_ids]
+            )
+            return [self.get(key_id) for key_id in key_ids]
 
     def get(self, key_id: int) -> KeyRecord:
         """Raises InvalidArgument when there is no key with this id."""

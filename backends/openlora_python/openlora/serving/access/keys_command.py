@@ -121,9 +121,9 @@ def revoke(
     state_dir: StateDir = Path("var"),
     as_json: AsJson = False,
 ) -> None:
-    """End keys for ever. Requests that run go on; the next one with such a key is refused."""
+    """End keys for ever, all of these or none. Requests that run go on; the next one with such a key is refused."""
     with _store(state_dir) as store:
-        records = [store.revoke(key_id) for key_id in key_ids]
+        records = store.revoke(*key_ids)
         if as_json:
             typer.echo(json.dumps([_tree(store, record) for record in records]))
             return
