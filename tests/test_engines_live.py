@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from raw_calls import Stream
 from small_server import small_server
 from usage_watch import verify_all
 from vllm_environment import SKIP, vllm_python
+from waiting import wait_for
 
 from openlora.errors import AdapterNotFound, DeadlineExceeded, InvalidArgument, OpenLoRAError, Overloaded
 from openlora_client import OpenLoRAClient
@@ -216,10 +216,12 @@ def test_a_spent_engine_is_replaced_and_nobody_notices_but_for_a_moment(
 
 
 def _next_engine(live: LiveServer, before: psutil.Process) -> psutil.Process:
-    until = time.monotonic() + 60
-    while (found := server_processes(live.launcher_pid).get("engine", before)) == before:
-        assert time.monotonic() < until, "no new engine"
-        time.sleep(0.1)
+
+    def another() -> psutil.Process | None:
+        found = server_processes(live.launcher_pid).get("engine", before)
+        return None if found == before else found
+
+    found = wait_for("new engine", another)
     live.wait_ready(START_SECONDS)
     return found
 
