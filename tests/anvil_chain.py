@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from chain import rpc
 from live_server import free_ports
+from waiting import wait_for
 from web3 import HTTPProvider, Web3
 
 from openlora.network.deploy import DeploymentPlan, deploy
@@ -33,17 +34,14 @@ class Anvil:
         self.web3 = Web3(HTTPProvider(self.url))
         command = [str(find_tool("anvil")), "--port", str(self.port), "--silent", "--slots-in-an-epoch", "1", *options]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 30
-        while not self.web3.is_connected():
-            if self._process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"anvil does not answer (status {self._process.poll()})")
-            time.sleep(0.01)
+        wait_for("answer of anvil", self._answers)
 
-    def rpc(self, method: str, *params: Any) -> Any:
-        answer = self.web3.provider.make_request(method, list(params))
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']}")
-        return answer["result"]
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, f"anvil ended with status {self._process.poll()}"
+        return self.web3.is_connected()
+
+    def rpc(self, method: str, *values: Any) -> Any:
+        return rpc(self.web3, method, *values)
 
     def hold(self) -> None:
         """No blocks any more but those of `mine`."""

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from eth_account.signers.local import LocalAccount
 from live_server import free_ports
+from waiting import wait_for
 from web3 import Web3
 
 from openlora.attribution.blobs import model_terms, model_terms_document
@@ -23,8 +23,6 @@ from openlora.network.contracts import Contracts, RewardDistributor, RewardToken
 from openlora.network.deployment import Deployment
 from openlora.network.signer import load_signer
 from openlora.network.transactions import send
-
-READY_SECONDS = 60.0
 
 
 @dataclass
@@ -47,20 +45,15 @@ class Devnet:
                 stderr=words,
                 start_new_session=True,
             )
-        until = time.monotonic() + READY_SECONDS
-        while self._ready_pid() != self.process.pid:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the devnet ended:\n{self.words()}")
-            if time.monotonic() > until:
-                raise TimeoutError(f"not ready:\n{self.words()}")
-            time.sleep(0.05)
+        wait_for("devnet", self._is_ready, words=self.words)
         return self
 
-    def _ready_pid(self) -> int | None:
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, f"the devnet ended:\n{self.words()}"
         try:
-            return int((self.state_dir / "ready").read_text())
+            return int((self.state_dir / "ready").read_text()) == self.process.pid
         except (FileNotFoundError, ValueError):
-            return None
+            return False
 
     def words(self) -> str:
         return (self.state_dir / "devnet.log").read_text()
@@ -101,10 +94,7 @@ class Devnet:
         return send(self.web3, self.account(role), call)
 
     def rpc(self, method: str, *values: Any) -> Any:
-        answer = self.web3.provider.make_request(method, list(values))
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']}")
-        return answer["result"]
+        return rpc(self.web3, method, *values)
 
     def mine(self, seconds: int = 0) -> None:
         """One block more, so many seconds after the newest one."""
@@ -136,6 +126,13 @@ class Devnet:
         base_digest = bytes(32) if base is None else bytes.fromhex(base)
         self.send(role, self.contracts.registry.register(bytes.fromhex(digest), base_digest, name, uri, terms))
         return mine
+
+
+def rpc(web3: Web3, method: str, *values: Any) -> Any:
+    """The result of a method that web3 has no name for."""
+    answer = web3.provider.make_request(method, list(values))
+    assert "error" not in answer, f"{method}: {answer['error']}"
+    return answer["result"]
 
 
 def terms_of(digest: str, card: dict[str, Any]) -> str:

@@ -15,14 +15,34 @@ from typing import Any
 
 import msgspec
 import zmq
-from tiny_models import Answer
 
-from openlora.engine.api import AdapterUse, Engine, EngineInfo, EngineOutput, EngineRequest, EngineStats, Sampling
+from openlora.engine.api import (
+    AdapterUse,
+    Engine,
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    Sampling,
+    TokenLogprob,
+)
 from openlora.engine.wire import Cancel, EngineConfig, Figures, Hello, Outputs, Submit, ToClient, Welcome
 
 PACKAGE = Path(__file__).resolve().parents[1] / "backends" / "openlora_python"
 TIMEOUT_SECONDS = 120  # of a request; reached only when something hangs
 START_SECONDS = 400  # vLLM imports half of PyPI
+
+
+class Answer:
+    """Everything an engine said about one request."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason = ""
+        self.error = ""
+        self.cached_tokens = 0
+        self.outputs = 0
 
 
 class Rig:

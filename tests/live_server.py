@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from waiting import wait_for
 
 READY_SECONDS = 120
 PORTS = ("http_port", "grpc_port", "metrics_port", "health_port", "gateway_port")
@@ -107,13 +107,12 @@ class LiveServer:
             return {"ready": False, "faults": {"launcher": str(error)}}
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> None:
-        until = time.monotonic() + seconds
-        while not (state := self.readiness())["ready"]:
+        def is_ready() -> bool:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{self.words()}")
-            if time.monotonic() > until:
-                raise TimeoutError(f"not ready: {state}\n{self.words()}")
-            time.sleep(0.1)
+            return self.readiness()["ready"]
+
+        wait_for("server that is ready", is_ready, seconds, lambda: f"{self.readiness()}\n{self.words()}")
 
     def words(self) -> str:
         """The ends of the logs, for a failing test to show."""

@@ -10,8 +10,15 @@ import torch
 
 from openlora.engine.adapter_block import Adapter, LoraPair, LoraShape
 from openlora.engine.attention import PagedStep
-from openlora.engine.kernels import BUFFER, OPERATION, STEP, Kernels
+from openlora.engine.kernels import BUFFER, LIBRARY, OPERATION, STEP, Kernels, _why_not, kernels_for
 from openlora.engine.lora import LoraCompute, NativeLora
+
+
+def cpu_kernels(dtype: torch.dtype) -> Kernels:
+    """Those of this machine's CPU, which a test of them needs."""
+    found = kernels_for(dtype, torch.device("cpu"))
+    assert found is not None, f"no native kernels to test: {_why_not(LIBRARY)}"
+    return found
 
 
 def compute(

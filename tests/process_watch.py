@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from waiting import wait_for
 
 STUBS = ("adapter_resolver", "generation", "attribution")
 PARTS = ("engine", "fetcher", "tritonserver", "gateway", *STUBS)
@@ -88,9 +89,7 @@ def leftovers(state_dir: Path) -> Leftovers:
 def wait_until_gone(state_dir: Path, seconds: float) -> float:
     """How long it took until nothing was left. AssertionError: something still is."""
     begun = time.monotonic()
-    while found := leftovers(state_dir):
-        assert time.monotonic() - begun < seconds, f"still there after {seconds:.0f} s: {found}"
-        time.sleep(0.05)
+    wait_for("end of it all", lambda: not leftovers(state_dir), seconds, lambda: leftovers(state_dir))
     return time.monotonic() - begun
 
 

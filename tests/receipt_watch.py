@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import TypeVar
-
 import httpx
 from live_server import LiveServer
+from waiting import wait_for
 
 from openlora.attribution.log import LoggedReceipt, ReceiptLog
 
 COMPLETE, CANCELLED = 1, 2
-SECONDS = 20.0
-
-Found = TypeVar("Found")
-
-
-def wait_for(what: str, look: Callable[[], Found | None]) -> Found:
-    """What `look` finds, looking again and again; fails with `what` after a while."""
-    until = time.monotonic() + SECONDS
-    while (found := look()) is None:
-        assert time.monotonic() < until, f"no {what} after {SECONDS} s"
-        time.sleep(0.02)
-    return found
 
 
 def wait_for_receipt(server: LiveServer, request_id: str) -> LoggedReceipt:

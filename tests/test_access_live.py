@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from conftest import ALICE_KEY
 from live_server import LiveServer, key_digest
 from process_watch import server_processes
 from raw_calls import LONG, Reply, Stream, ask, http_error, post, refusal, running
+from waiting import wait_for
 
 from openlora.attribution.journal import CompletionFrame, IntentFrame, JournalReader
 from openlora_client import InvalidArgument, OpenLoRAClient, OpenLoRAError, login_token
@@ -238,10 +238,12 @@ class Books:
 
 def used_today(server: LiveServer, key_id: int, expected: int) -> int:
     """What `keys show` says, once the ledger was saved: within a second or so."""
-    until = time.monotonic() + 30
-    while (used := keys(server, "show", str(key_id))["tokens_used_today"]) != expected and time.monotonic() < until:
-        time.sleep(0.2)
-    return used
+
+    def used() -> int:
+        return keys(server, "show", str(key_id))["tokens_used_today"]
+
+    wait_for(f"{expected} tokens used", lambda: used() == expected, words=used)
+    return expected
 
 
 def prompt_tokens(server: LiveServer) -> int:
@@ -352,10 +354,9 @@ def _receipts_of(server: LiveServer, caller: str, count: int) -> int:
         for frame, _, _ in JournalReader(server.state_dir / "journal").read()
         if isinstance(frame, IntentFrame) and frame.caller == caller
     }
-    until = time.monotonic() + 30
-    while True:
+
+    def all_of_them() -> list[dict[str, Any]] | None:
         found = [one for one in server.receipts() if one["request_id"].removeprefix("0x") in intents]
-        if len(found) == count:
-            return sum(one["in_tokens"] + one["out_tokens"] for one in found)
-        assert time.monotonic() < until, f"{len(found)} of {count} receipts"
-        time.sleep(0.2)
+        return found if len(found) == count else None
+
+    return sum(one["in_tokens"] + one["out_tokens"] for one in wait_for(f"{count} receipts", all_of_them))

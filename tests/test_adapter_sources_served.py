@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from live_server import LiveServer
-from receipt_watch import wait_for
 from scripted_source import ScriptedSource
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.manifest import adapter_manifest

@@ -14,8 +14,7 @@ import pytest
 from live_server import LiveServer
 from parity import GAP, Oracle
 from raw_calls import ask, running
-from tiny_models import VOCAB, make_adapter, make_model, make_prompt
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_models import make_adapter, make_model, make_prompt, save_word_tokenizer
 from typer.testing import CliRunner
 
 from openlora.adapters.commands import adapters_app
@@ -60,7 +59,7 @@ class Moved:
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moved]:
     root = tmp_path_factory.mktemp("moved")
     model = Path(make_model(root / "model"))
-    save_tokenizer(model)
+    save_word_tokenizer(model)
     folders = [
         make_adapter(str(model), root / str(version), version, r=4, target_modules=["q_proj", "v_proj"])
         for version in (1, 2)
@@ -76,13 +75,6 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moved]:
         yield case
     finally:
         server.stop()
-
-
-def save_tokenizer(directory: Path) -> None:
-    """One word a token, so that any token ids can be asked for as text."""
-    tokenizer = Tokenizer(models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def asked_of(oracle: Oracle) -> tuple[list[str], dict[tuple[int, str], list[int]]]:

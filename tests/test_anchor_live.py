@@ -9,9 +9,10 @@ import pytest
 from anchor_cases import check_history, register_log
 from anvil_chain import SUBMITTER, FaultyRpc, anvil, deploy_contracts
 from live_server import LiveServer
-from receipt_watch import log_size, wait_for
+from receipt_watch import log_size
 from small_server import small_server
 from test_anchor_process import Running
+from waiting import wait_for
 
 from openlora.network.signer import write_key
 from openlora_client import OpenLoRAClient

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from chain import Devnet, balance_of
 from eth_account import Account
 from live_server import free_ports
+from waiting import wait_for
 
 from openlora.errors import ChainMismatch, ContractRefused, Internal, InvalidArgument, Unavailable
 from openlora.network.chain_facts import read_facts
@@ -40,13 +40,6 @@ def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def wait_until(condition) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def test_what_was_sent_survives_a_stop_and_a_kill(own: Devnet) -> None:
     before = own.deployment
     token, guardian = own.contracts.token, own.account("guardian").address
@@ -57,12 +50,14 @@ def test_what_was_sent_survives_a_stop_and_a_kill(own: Devnet) -> None:
     own.send("admin", own.contracts.token.mint(guardian, 2))
     kept = own.state_dir / "chain.json"
     block = own.web3.eth.block_number
-    wait_until(lambda: json.loads(kept.read_text())["best_block_number"] == block)  # a dump follows each change
+    wait_for(
+        "dump of the block", lambda: json.loads(kept.read_text())["best_block_number"] == block
+    )  # a dump follows each change
     assert len(json.loads(kept.read_text())["blocks"]) == block + 1
     anvil = children(own.process.pid)
     assert len(anvil) == 1
     own.kill()
-    wait_until(lambda: all(gone(one) for one in anvil))  # with its parent, however that ends
+    wait_for("end of anvil", lambda: all(gone(one) for one in anvil))  # with its parent, however that ends
     for _ in range(3):  # each start brings a genesis of its own
         own.start()
         assert own.deployment == before

@@ -8,7 +8,6 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from live_server import LiveServer
 from process_watch import server_processes
+from waiting import wait_for
 
 from openlora_client import OpenLoRAClient, OpenLoRAError, Unavailable
 
@@ -45,10 +45,11 @@ def no_room(server: LiveServer, part: str) -> Iterator[None]:
 
 
 def wait_for_fault(server: LiveServer, part: str, word: str) -> None:
-    until = time.monotonic() + 20
-    while word not in (state := server.readiness())["faults"].get(part, ""):
-        assert time.monotonic() < until, f"no fault of {part} with {word!r}: {state}"
-        time.sleep(0.05)
+    wait_for(
+        f"fault of {part} with {word!r}",
+        lambda: word in server.readiness()["faults"].get(part, ""),
+        words=server.readiness,
+    )
 
 
 @pytest.mark.parametrize(("part", "word"), [("generation", "journal"), ("attribution", "Error")])

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from live_server import LiveServer
 from parity import Adapters, Case, Oracle, assert_equal
-from tiny_models import VOCAB, make_adapter, make_model, projections
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_models import make_adapter, make_model, projections, save_word_tokenizer
 from transformers import AutoTokenizer
 
 from openlora_client import AsyncOpenLoRAClient
@@ -72,18 +71,11 @@ def _words(ids: Sequence[int]) -> str:
     return " ".join(f"t{token}" for token in ids)
 
 
-def _save_tokenizer(directory: Path) -> None:
-    """One word a token, so that any token ids can be asked for as text."""
-    tokenizer = Tokenizer(models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(directory / "tokenizer.json"))
-
-
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "phi3"])
 async def test_families_equal_peft(family: str, tmp_path: Path) -> None:
     model, adapters = tmp_path / "model", tmp_path / "adapters"
     make_model(model, family)
-    _save_tokenizer(model)
+    save_word_tokenizer(model)
     targets = projections(family)
     make_adapter(str(model), adapters / "wide", 1, r=16, lora_alpha=8, target_modules=targets)
     make_adapter(str(model), adapters / "root", 2, r=4, lora_alpha=2, use_rslora=True, target_modules=targets[:1])

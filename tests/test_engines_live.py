@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from raw_calls import Stream
 from small_server import small_server
 from usage_watch import verify_all
 from vllm_environment import SKIP, vllm_python
+from waiting import wait_for
 
 from openlora.errors import (
     AdapterNotFound,
@@ -259,10 +259,12 @@ def test_an_idle_engine_is_left_alone_and_a_dead_executor_is_replaced(
 
 
 def _next_engine(live: LiveServer, before: psutil.Process) -> psutil.Process:
-    until = time.monotonic() + 60
-    while (found := server_processes(live.launcher_pid).get("engine", before)) == before:
-        assert time.monotonic() < until, "no new engine"
-        time.sleep(0.1)
+
+    def another() -> psutil.Process | None:
+        found = server_processes(live.launcher_pid).get("engine", before)
+        return None if found == before else found
+
+    found = wait_for("new engine", another)
     live.wait_ready(START_SECONDS)
     return found
 

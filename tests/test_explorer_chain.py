@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from browser_tools import BROWSER_TESTS, require_chromium, require_node_modules
 from chain import Devnet
 from explorer_cases import explorer
 from explorer_chain import DEPOSIT, SettledNode
+from waiting import wait_for
 
 COUNT, SETTLED = 84, 50
 PATIENCE_SECONDS = 60.0
@@ -26,14 +26,14 @@ def node(devnet: Devnet, tmp_path_factory: pytest.TempPathFactory) -> SettledNod
 
 def when_ready(page: str) -> dict[str, Any]:
     """The overview of the chain, once it and the amounts are known."""
-    until = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < until:
+
+    def knows_amounts() -> bool:
         seen = httpx.get(f"{page}api/earners").json()
         assert seen["state"] != "error", seen
-        if seen["state"] == "ready" and seen["agrees"] is not None:
-            return httpx.get(f"{page}api/overview").json()["chain"]
-        time.sleep(0.2)
-    raise TimeoutError(f"the page did not come to read the chain: {seen}")
+        return seen["state"] == "ready" and seen["agrees"] is not None
+
+    wait_for("reading of the chain", knows_amounts, PATIENCE_SECONDS)
+    return httpx.get(f"{page}api/overview").json()["chain"]
 
 
 def test_settlement_is_what_the_chain_says_and_this_node_recomputes(node: SettledNode, tmp_path: Path) -> None:
@@ -59,9 +59,8 @@ def test_a_chain_that_does_not_answer_is_said_and_receipts_go_on(node: SettledNo
     text = node.devnet.deployment_file.read_text()
     elsewhere.write_text(text.replace(node.devnet.deployment.rpc_url, "http://127.0.0.1:9"))
     with explorer(node.state, "--deployment", str(elsewhere)) as page:
-        until = time.monotonic() + PATIENCE_SECONDS
-        while (seen := httpx.get(f"{page}api/epochs").json())["state"] == "loading" and time.monotonic() < until:
-            time.sleep(0.1)
+        wait_for("word of the chain", lambda: httpx.get(f"{page}api/epochs").json()["state"] != "loading")
+        seen = httpx.get(f"{page}api/epochs").json()
         assert seen["state"] == "error" and "127.0.0.1:9" in seen["message"]
         assert httpx.get(f"{page}api/receipts").json()["size"] == COUNT
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from access_cases import SetClock
 from fetcher_process import running_fetcher
-from receipt_watch import wait_for
 from scripted_source import Fault, ScriptedSource
 from tiny_models import make_adapter
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from openlora.adapters.catalog import Catalog
 from openlora.adapters.catalog_rows import AdapterRecord, BaseFacts

@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 import torch
-from native_operations import compute, lay_out
+from native_operations import compute, cpu_kernels, lay_out
 from tiny_models import FAMILIES, config_of
 from torch import nn
 from torch.nn import functional
@@ -47,9 +47,7 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture
 def native(dtype) -> Kernels:
-    found = kernels_for(dtype, CPU)
-    assert found is not None, f"no native kernels to test: {_why_not(LIBRARY)}"
-    return found
+    return cpu_kernels(dtype)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from native_operations import compute
+from native_operations import compute, cpu_kernels
 
 from openlora.engine.attention import PagedStep, Span, paged_attention
-from openlora.engine.kernels import ATTENTION, LIBRARY, _why_not, kernels_for
+from openlora.engine.kernels import ATTENTION
 from openlora.engine.kv_cache import KVCache
 
 CPU = torch.device("cpu")
@@ -118,9 +118,7 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture
 def native(dtype):
-    found = kernels_for(dtype, CPU)
-    assert found is not None, f"no native kernels to test: {_why_not(LIBRARY)}"
-    return found
+    return cpu_kernels(dtype)
 
 
 @pytest.mark.parametrize("sharing", [1, 2, 3, 4])

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import httpx
@@ -29,9 +30,7 @@ from openlora.attribution.log import ReceiptLog
 from openlora.attribution.projection import Projector
 
 CONCURRENCY = 8
-ANSWER_SECONDS = 2.0  # how long a client may wait for the news
-GONE_SECONDS = 5.0  # how long processes may outlive their launcher …
-STARTING_SECONDS = 30.0  # … and those that were just started: they look when they have loaded their libraries
+GONE_SECONDS = 60.0  # how long processes may outlive their launcher: those that load their libraries look afterwards
 VICTIMS = [part for part in PARTS if part not in ("fetcher", "gateway")]  # on which every answer depends
 # What a client may be told: our codes, or a connection that closed or is refused.
 CLEAR = re.compile(
@@ -75,8 +74,8 @@ class Site:
     async def ready_again(self) -> None:
         await asyncio.to_thread(self.live.wait_ready)
 
-    def check_waiting(self, what: str, outcomes: list[Outcome], killed_at: float) -> None:
-        """Everybody was answered or told, those who waited at that moment within the bound."""
+    def check_waiting(self, what: str, outcomes: list[Outcome], killed_at: float, ready_at: float = inf) -> None:
+        """Everybody was answered or told, those who waited at that moment before the server was ready again."""
         told = [outcome for outcome in outcomes if outcome.ended_at > killed_at and not outcome.delivered]
         for outcome in told:
             too_late = outcome.started_at > killed_at and TOO_LATE.search(outcome.error)
@@ -90,7 +89,7 @@ class Site:
         for word, count in words.most_common():
             print(f"  {count:4} × {word}")
         assert waited, "nobody was waiting: this showed nothing"
-        assert worst <= ANSWER_SECONDS
+        assert not [one for one in told if one.started_at < killed_at and one.ended_at > ready_at]
         assert all(outcome.delivered for outcome in outcomes if outcome.ended_at <= killed_at)
 
     async def check_service(self) -> None:
@@ -139,13 +138,13 @@ async def kill_once(site: Site, part: str) -> None:
         await site.watch.until(lambda: not is_running(victim), 5, f"the end of {part}")
         await site.watch.until(lambda: not site.live.readiness()["ready"], 5, "the word that it is not ready")
         await site.ready_again()
-        took = time.monotonic() - killed_at
+        ready_at = time.monotonic()
         again = len(load.outcomes)
         await site.watch.until(
             lambda: sum(one.delivered for one in load.outcomes[again:]) >= CONCURRENCY, 60, "answers after the restart"
         )
-    site.check_waiting(f"kill -9 {part} (pid {victim.pid})", load.outcomes, killed_at)
-    print(f"  ready again after {took:.1f} s")
+    site.check_waiting(f"kill -9 {part} (pid {victim.pid})", load.outcomes, killed_at, ready_at)
+    print(f"  ready again after {ready_at - killed_at:.1f} s")
     assert server_processes(site.live.launcher_pid)[part].pid != victim.pid
     await site.check_service()
     await site.check_books()
@@ -238,7 +237,7 @@ async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> 
     site.live.process.kill()
     with pytest.raises(RuntimeError, match="the server ended"):
         await starting
-    await asyncio.to_thread(wait_until_gone, site.live.state_dir, STARTING_SECONDS)
+    await asyncio.to_thread(wait_until_gone, site.live.state_dir, GONE_SECONDS)
     await asyncio.to_thread(site.live.start)
     assert tail.read_bytes() == whole
     await site.check_service()

@@ -13,12 +13,13 @@ import psutil
 import pytest
 from live_server import LiveServer
 from process_watch import server_processes
-from receipt_watch import CANCELLED, wait_for, wait_for_receipt
+from receipt_watch import CANCELLED, wait_for_receipt
 from safetensors.torch import load_file, save_file
 from scripted_source import Fault, ScriptedSource
 from small_server import card, small_server
 from test_metrics_live import scrape, value
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from openlora.adapters.commands import adapters_app
 from openlora.adapters.manifest import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_manifest

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_models import Engine, make_adapter, make_model, make_prompt, use
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from openlora.adapters.adapter_spec import parse_adapters
 from openlora.adapters.catalog import Catalog
@@ -320,10 +321,12 @@ def test_a_merge_that_is_ended_changes_nothing(state, number, message):
 
 def limited_worker(seconds: int) -> int:
     """The process that merges for us, when its limits are in force."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def limited() -> int | None:
         for child in psutil.Process().children():
             with suppress(psutil.Error):
                 if child.rlimit(psutil.RLIMIT_CPU)[0] == seconds:
                     return child.pid
-    raise AssertionError("no worker came to be")
+        return None
+
+    return wait_for("worker", limited)

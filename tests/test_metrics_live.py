@@ -11,8 +11,9 @@ import httpx
 import pytest
 from live_server import LiveServer
 from process_watch import server_processes
-from receipt_watch import CANCELLED, wait_for, wait_for_receipt
+from receipt_watch import CANCELLED, wait_for_receipt
 from small_server import small_server
+from waiting import wait_for
 
 from openlora.errors import AdapterNotFound, InvalidArgument
 from openlora_client import Answer, OpenLoRAClient

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from live_server import LiveServer
 from make_shape import TARGETS, make_adapter, make_model
 from scripted_source import ScriptedSource
 from small_server import CONFIG, small_server
+from waiting import wait_for
 
 from openlora.adapters.manifest import adapter_manifest, model_manifest
 from openlora.attribution.blobs import model_terms_hash
@@ -81,15 +82,12 @@ class Network:
 
     def until(self, condition: Any) -> Any:
         """What `condition` gives as soon as it gives something; refusals are not yet."""
-        until = time.monotonic() + WAIT_SECONDS
-        while True:
-            try:
-                if found := condition():
-                    return found
-            except (AdapterNotFound, Unavailable):
-                pass
-            assert time.monotonic() < until, self.live.words()
-            time.sleep(0.1)
+
+        def found() -> Any:
+            with suppress(AdapterNotFound, Unavailable):
+                return condition()
+
+        return wait_for("such answer", found, WAIT_SECONDS, self.live.words)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from engine_rig import Answer
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -15,7 +16,7 @@ from live_server import LiveServer
 from raw_calls import ask
 from safetensors.torch import load_file, save_file
 from scheduler_run import SchedulerRun
-from tiny_models import VOCAB, Answer, Engine, make_adapter, make_model, make_prompt, use
+from tiny_models import VOCAB, Engine, make_adapter, make_model, make_prompt, use
 from typer.testing import CliRunner
 
 from openlora.adapters.commands import adapters_app

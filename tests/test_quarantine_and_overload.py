@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from live_server import LiveServer, key_digest
 from raw_calls import LONG, Stream, ask, books, http_error, post, refusal, running, stop
 from safetensors.numpy import load_file, save_file
 from usage_watch import UsageWatch
+from waiting import wait_for
 
 from openlora.adapters.catalog_reader import CatalogReader
 from openlora.attribution.journal import STATUS_ERROR
@@ -204,9 +204,7 @@ def test_an_echo_comes_once_even_if_the_request_had_to_wait(small: LiveServer) -
     """While it waits a stream gets an empty response each second; the first one brings the prompt."""
     first = running(small, "first", tokens=2000)
     second = running(small, "second", tokens=4, exclude_input_in_output=False)
-    until = time.monotonic() + 30
-    while len(second.reply.responses) < 3 and time.monotonic() < until:
-        time.sleep(0.05)
+    wait_for("responses while it waits", lambda: len(second.reply.responses) >= 3)
     stop(small, "first")
     first.wait()
     text = second.wait().text

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from attribution_cases import python_environment
 from live_server import LiveServer
-from receipt_watch import wait_for
+from waiting import wait_for
 
 from openlora.attribution.checkpoint import verify_checkpoint
 from openlora.attribution.log import ReceiptLog

@@ -18,6 +18,7 @@ import yaml
 from recipe_cases import RECIPES, ROOT
 from rich.console import Console
 
+from openlora.config import load_settings
 from openlora.errors import InvalidArgument, Unavailable
 from openlora.recipes.build_plan import Cluster, Step, group_hosts, launch_steps, partial_of
 from openlora.recipes.layout import Layout
@@ -150,9 +151,6 @@ def test_a_group_names_its_own_hosts(places: dict[str, Path]) -> None:
 
 def test_the_settings_are_what_the_server_takes(tmp_path: Path) -> None:
     """Every recipe's, against the settings tree of the engine."""
-    pytest.importorskip("openlora.engine.tensorrt_llm_options")
-    from openlora.config import load_settings
-
     for recipe in RECIPES.values():
         step = launch_steps(recipe, Layout(state=tmp_path), Cluster("slurm"))[0]
         file = tmp_path / f"{recipe.name}.yaml"

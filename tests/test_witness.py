@@ -16,8 +16,8 @@ import pytest
 from attribution_cases import python_environment, serve_receipts
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from live_server import free_ports
-from receipt_watch import wait_for
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from openlora.attribution.checkpoint import Checkpoint, sign_checkpoint, verify_checkpoint, verify_cosignatures
 from openlora.attribution.commands import receipts_app

@@ -19,11 +19,12 @@ from eth_account import Account
 from eth_account.signers.local import LocalAccount
 from live_server import LiveServer
 from make_shape import TARGETS, make_adapter, make_model
-from receipt_watch import log_size, wait_for
+from receipt_watch import log_size
 from safetensors.torch import load_file, save_file
 from scripted_source import ScriptedSource
 from small_server import CONFIG
 from transformers import LlamaConfig
+from waiting import wait_for
 
 from openlora.adapters.catalog_reader import CatalogReader
 from openlora.adapters.manifest import adapter_manifest, model_manifest

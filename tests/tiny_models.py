@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine_rig import InProcessRig
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from openlora.adapters.manifest import adapter_manifest
-from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput, EngineRequest, Sampling, TokenLogprob
+from openlora.engine.api import WEIGHT_ONE, AdapterUse, EngineOutput
 from openlora.engine.torch_engine import TorchEngine
 from openlora.errors import AdapterInvalid
 
@@ -33,7 +34,6 @@ torch.set_num_threads(1)
 
 VOCAB = 128
 WINDOW = 12  # shorter than the prompts, so that windows matter
-TIMEOUT_SECONDS = 60  # of a request; reached only when something hangs
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -137,20 +137,15 @@ def make_prompt(seed: int, length: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
 
 
-class Answer:
-    """Everything an engine said about one request."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.finish_reason = ""
-        self.error = ""
-        self.cached_tokens = 0
-        self.outputs = 0
+def save_word_tokenizer(directory: Path) -> None:
+    """One word a token, so that any token ids can be asked for as text."""
+    tokenizer = Tokenizer(models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
-class Engine:
-    """A running `TorchEngine` and the answers it gave, for a `with` block.
+class Engine(InProcessRig):
+    """A running `TorchEngine`, for a `with` block.
 
     `gate`, when given, is called on the engine's thread after each step with that step's outputs: a test can hold the
     engine between two steps.
@@ -158,60 +153,13 @@ class Engine:
 
     def __init__(self, model_dir: str, gate=None, **settings: Any) -> None:
         defaults = {"dtype": "float32", "device": "cpu", "max_model_len": 96, "kv_cache_tokens": 4096}
-        self.engine = TorchEngine(model_dir, "0" * 64, **{**defaults, **settings})
-        self.answers: dict[str, Answer] = {}
+        super().__init__(TorchEngine(model_dir, "0" * 64, **{**defaults, **settings}))
         self._gate = gate
-        self._changed = threading.Condition()
 
-    def __enter__(self) -> Engine:
-        self.engine.start(self._emit)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.shutdown()
-        assert self.engine.failed is None
-
-    def _emit(self, outputs: list[EngineOutput]) -> None:
-        with self._changed:
-            for output in outputs:
-                answer = self.answers.setdefault(output.request_id, Answer())
-                assert not answer.finish_reason, f"an output of {output.request_id} after its last one"
-                answer.ids += output.token_ids
-                answer.logprobs += output.logprobs or []
-                answer.cached_tokens += output.cached_tokens
-                answer.finish_reason, answer.error = output.finish_reason, output.error
-            self._changed.notify_all()
+    def take(self, outputs: Sequence[EngineOutput]) -> None:
+        super().take(outputs)
         if self._gate is not None:
             self._gate(outputs)
-
-    def submit(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        adapters: Sequence[AdapterUse] = (),
-        priority: int = 0,
-        salt: str = "",
-        timeout: float | None = None,
-        **sampling: Any,
-    ) -> None:
-        """Greedy unless `sampling` says otherwise."""
-        settings = Sampling(**{"temperature": 0.0, "max_tokens": 12, **sampling})
-        self.engine.submit(EngineRequest(request_id, tuple(prompt), tuple(adapters), settings, priority, timeout, salt))
-
-    def until(self, happened) -> None:
-        """Wait until `happened(answers)`."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: happened(self.answers), TIMEOUT_SECONDS), "the engine hangs"
-
-    def wait(self, request_id: str) -> Answer:
-        self.until(lambda answers: request_id in answers and answers[request_id].finish_reason)
-        return self.answers[request_id]
-
-    def ask(self, prompt: Sequence[int], adapters: Sequence[AdapterUse] = (), **sampling: Any) -> Answer:
-        """Submit and wait."""
-        request_id = f"ask-{len(self.answers)}"
-        self.submit(request_id, prompt, adapters, **sampling)
-        return self.wait(request_id)
 
     def assert_nothing_held(self) -> None:
         """No row, block, reservation or pin is left once everything is answered."""

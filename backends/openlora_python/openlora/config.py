@@ -56,20 +56,22 @@ def _options(kind: type[OneAdapterOptions]) -> AfterValidator:
 
 
 class EngineSettings(_Section):
+    """Which engine computes, and how much it may take; None = what the engine takes by itself."""
+
     kind: Literal["torch", "vllm", "tensorrt_llm"] = "torch"
     python: Path | None = None  # interpreter of the engine process; default: this one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto = the checkpoint's
     quantization: Literal["none", "int8", "int8-weight-only"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
-    max_model_len: int | None = Field(default=None, ge=16)
-    max_batch: int = Field(default=64, ge=1, le=4096)
-    max_step_tokens: int = Field(default=512, ge=16)
-    kv_cache_tokens: int | None = Field(default=None, ge=64)
-    max_adapters: int = Field(default=64, ge=1)
+    max_model_len: int | None = Field(default=None, ge=16)  # tokens of prompt and answer; default: the model's own
+    max_batch: int = Field(default=64, ge=1, le=4096)  # requests in one step
+    max_step_tokens: int = Field(default=512, ge=16)  # of prompts and decoding together
+    kv_cache_tokens: int | None = Field(default=None, ge=64)  # of all requests, and of prefixes that are kept
+    max_adapters: int = Field(default=64, ge=1)  # device slots: distinct adapters in one step
     host_adapter_bytes: int | None = Field(default=None, ge=1)  # adapters in host memory; default: a share of it
-    max_rank: int = Field(default=128, ge=1)
-    max_waiting: int = Field(default=1024, ge=1)
+    max_rank: int = Field(default=128, ge=1)  # of one adapter
+    max_waiting: int = Field(default=1024, ge=1)  # requests without a row; one more is refused as OVERLOADED
     prefix_cache: Literal["per_caller", "shared", "off"] = "per_caller"  # shared: timing tells of others' prompts
     prefill_stretch: float = Field(default=1.9, gt=1.0, le=100.0)  # how much longer prompts may make a decoding step
     hang_seconds: float = Field(default=30.0, gt=0)  # no step for so long with work queued: killed and restarted
@@ -89,9 +91,11 @@ class EngineSettings(_Section):
 
 
 class Limits(_Section):
+    """What one request may ask for, and how tokens of many streams travel."""
+
     timeout_ms: int = Field(default=120_000, ge=1)  # of a request that names none
     max_timeout_ms: int = Field(default=600_000, ge=1)
-    max_tokens: int = Field(default=65_536, ge=1)
+    max_tokens: int = Field(default=65_536, ge=1)  # that a request may ask for
     max_prompt_bytes: int = Field(default=1 << 20, ge=1)  # a second of tokenizing; long contexts may need more
     highest_priority: int = 0  # priorities below are raised to this: lower runs earlier
     coalesce_above: int = Field(default=16, ge=0)  # live streams; with more, tokens of a stream travel together …

@@ -63,6 +63,8 @@ class Sampling(msgspec.Struct, frozen=True):
 
 
 class EngineRequest(msgspec.Struct, frozen=True):
+    """One answer to make. Prompt and `max_tokens` together fit the model; all adapters are of its base model."""
+
     request_id: str
     prompt: tuple[int, ...]
     adapters: tuple[AdapterUse, ...]  # empty = base model
@@ -130,12 +132,14 @@ class AdapterStats(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    steps: int
-    running: int
-    waiting: int
-    kv_blocks_used: int
+    """What an engine has done since its start, and what it holds now; 0 where an engine knows no such thing."""
+
+    steps: int  # since the start
+    running: int  # requests with a row in the batch
+    waiting: int  # requests without one, whether for a row, blocks or their adapters
+    kv_blocks_used: int  # by requests
     kv_blocks_total: int
-    adapters_loaded: int
+    adapters_loaded: int  # that a step can use at once
     kv_blocks_cached: int = 0  # held by nobody, with prefixes that may be asked for again
     prefix_lookup_tokens: int = 0  # since the start: of prompts that were looked up in the prefix cache …
     prefix_hit_tokens: int = 0  # … and those of them that were in it

@@ -14,19 +14,27 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
+    """Requests to queue; each is answered until an output of it has a finish reason."""
+
     requests: tuple[EngineRequest, ...]
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
+    """Requests to stop; ids that are not known are ignored."""
+
     request_ids: tuple[str, ...]
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
+    """The answer to a hello: another pid than before is another engine, which knows no request of the last one."""
+
     pid: int
     info: EngineInfo
 
 
 class Outputs(msgspec.Struct, tag=True, frozen=True):
+    """What one step made for the requests of one client."""
+
     outputs: tuple[EngineOutput, ...]
 
 
@@ -39,13 +47,13 @@ class Figures(msgspec.Struct, tag=True, frozen=True):
 class EngineConfig(msgspec.Struct, frozen=True):
     """What the launcher writes for the engine process, which must not import the server's libraries."""
 
-    kind: str
+    kind: str  # `engine.kind` of the settings
     model_dir: str
-    base_digest: str
-    socket: str
-    status_socket: str
-    launcher_pid: int
-    threads: int | None
+    base_digest: str  # manifest digest, 64 hex digits
+    socket: str  # where it takes requests
+    status_socket: str  # where it tells the launcher how it is
+    launcher_pid: int  # it ends with that process
+    threads: int | None  # of computing; None = as the libraries like it
     options: dict[str, object]  # keyword arguments of the engine's class
 
 

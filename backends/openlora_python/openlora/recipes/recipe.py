@@ -46,7 +46,9 @@ class Precision(_Section):
 
 
 class Target(_Section):
-    tensorrt_llm: str
+    """Where it runs: `gpu` is a name of the catalogue."""
+
+    tensorrt_llm: str  # version
     path: Literal["llm-api", "engine"] = "llm-api"  # engine: trtllm-build
     gpu: str
     gpus_per_node: PositiveInt = 8
@@ -54,11 +56,14 @@ class Target(_Section):
 
 
 class Parallel(_Section):
+    """How many GPUs share each layer's weights, and how many groups of them share the layers."""
+
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
 
     @property
     def world(self) -> int:
+        """GPUs in all."""
         return self.tensor * self.pipeline
 
 
@@ -74,7 +79,9 @@ class Lora(_Section):
 
 
 class Limits(_Section):
-    max_batch_size: PositiveInt
+    """In tokens unless said; TensorRT-LLM's own names."""
+
+    max_batch_size: PositiveInt  # requests in one step
     max_num_tokens: PositiveInt = 8192  # of one step
     max_seq_len: PositiveInt  # prompt and answer
     kv_cache_tokens: PositiveInt  # that must fit, all requests together
@@ -92,8 +99,10 @@ class Calibration(_Section):
 
 
 class Recipe(_Section):
-    name: Name
-    summary: str
+    """One engine, whole. Whether its GPU and TensorRT-LLM can do it is `rules.check_recipe`'s to say."""
+
+    name: Name  # of its file as well
+    summary: str  # one line
     model: Model
     precision: Precision
     target: Target
