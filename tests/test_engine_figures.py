@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tiny_models import TIMEOUT_SECONDS, make_adapter, make_model, make_prompt, use
+from engine_rig import TIMEOUT_SECONDS
+from tiny_models import make_adapter, make_model, make_prompt, use
 
 from openlora.engine.api import EngineOutput, EngineRequest, EngineStats, Sampling
 from openlora.engine.client import EngineClient

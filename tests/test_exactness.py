@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_rig import TIMEOUT_SECONDS
 from parity import Case, Oracle, assert_equal
 from tiny_models import (
     FAMILIES,
-    TIMEOUT_SECONDS,
     Answer,
     Engine,
     digest_of,
