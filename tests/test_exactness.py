@@ -20,11 +20,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_rig import TIMEOUT_SECONDS
+from engine_rig import TIMEOUT_SECONDS, Answer
 from parity import Case, Oracle, assert_equal
 from tiny_models import (
     FAMILIES,
-    Answer,
     Engine,
     digest_of,
     make_adapter,
