@@ -48,19 +48,19 @@ def register_model(
         if found.is_adapter:
             raise InvalidArgument("nodes fetch it from a URI (https://…, s3://…, hf://…): give --uri", field="uri")
         place = place or f"openlora:{found.digest.hex()}"  # nobody fetches base models from here
-    with _Sending(deployment, key) as chain:
-        terms = found.terms(chain.account.address)
-        registry = chain.contracts.registry
-        chain.send(registry.register(found.digest, base_digest or bytes(32), name or found.name, place, terms))
-        if found.access is not None:
-            chain.send(registry.set_access(found.digest, found.access))
-        chain.tell(
-            as_json,
-            f"{name or found.name} ({found.digest.hex()[:16]}…) is registered by {chain.account.address}",
-            digest=found.digest.hex(),
-            owner=chain.account.address,
-            terms=terms,
-        )
+    chain = _Sending(deployment, key)
+    terms = found.terms(chain.account.address)
+    registry = chain.contracts.registry
+    chain.send(registry.register(found.digest, base_digest or bytes(32), name or found.name, place, terms))
+    if found.access is not None:
+        chain.send(registry.set_access(found.digest, found.access))
+    chain.tell(
+        as_json,
+        f"{name or found.name} ({found.digest.hex()[:16]}…) is registered by {chain.account.address}",
+        digest=found.digest.hex(),
+        owner=chain.account.address,
+        terms=terms,
+    )
 
 
 def publish_terms(
@@ -75,18 +75,18 @@ def publish_terms(
     from .registration import local_model
 
     found = local_model(model, card, state_dir)
-    with _Sending(deployment, key) as chain:
-        terms = found.terms(chain.account.address)
-        chain.send(chain.contracts.registry.publish_terms(found.digest, terms))
-        newest = chain.contracts.registry.model_of(chain.account.address, found.digest)
-        chain.tell(
-            as_json,
-            f"version {newest.terms_version} of the terms of {found.name}, in force from {_when(newest.effective_at)}",
-            digest=found.digest.hex(),
-            version=newest.terms_version,
-            effective_at=newest.effective_at,
-            terms=terms,
-        )
+    chain = _Sending(deployment, key)
+    terms = found.terms(chain.account.address)
+    chain.send(chain.contracts.registry.publish_terms(found.digest, terms))
+    newest = chain.contracts.registry.model_of(chain.account.address, found.digest)
+    chain.tell(
+        as_json,
+        f"version {newest.terms_version} of the terms of {found.name}, in force from {_when(newest.effective_at)}",
+        digest=found.digest.hex(),
+        version=newest.terms_version,
+        effective_at=newest.effective_at,
+        terms=terms,
+    )
 
 
 def set_access(
@@ -100,16 +100,16 @@ def set_access(
     from .registration import access_document, parse_access, read_json
 
     document = access_document(parse_access(read_json(file)))
-    with _Sending(deployment, key) as chain:
-        chain.send(chain.contracts.registry.set_access(parse_hash(digest, "DIGEST"), document))
-        chain.tell(as_json, f"access of {digest[:16]}…: {document}", digest=digest, access=document)
+    chain = _Sending(deployment, key)
+    chain.send(chain.contracts.registry.set_access(parse_hash(digest, "DIGEST"), document))
+    chain.tell(as_json, f"access of {digest[:16]}…: {document}", digest=digest, access=document)
 
 
 def revoke(digest: Digest, key: Key, deployment: DeploymentFile = None, as_json: AsJson = False) -> None:
     """Revoke a model of yours, for good."""
-    with _Sending(deployment, key) as chain:
-        chain.send(chain.contracts.registry.revoke(parse_hash(digest, "DIGEST")))
-        chain.tell(as_json, f"{digest[:16]}… is revoked", digest=digest)
+    chain = _Sending(deployment, key)
+    chain.send(chain.contracts.registry.revoke(parse_hash(digest, "DIGEST")))
+    chain.tell(as_json, f"{digest[:16]}… is revoked", digest=digest)
 
 
 def register_log(
@@ -127,19 +127,19 @@ def register_log(
 
     log_key = load_log_key(str(state_dir / "log.pub"))
     signer = load_keys(state_dir / "keys", create=False).receipt
-    with _Sending(deployment, key) as chain:
-        owner = chain.account.address
-        who = [owner if one is None else parse_address(one, "address") for one in (submitter, payee)]
-        signature = registration_signature(chain.deployment, signer, log_key, owner, *who)
-        chain.send(chain.contracts.log.register_log(log_key, *who, signature))
-        chain.tell(
-            as_json,
-            f"log {log_key.log_id.hex()[:16]}… is registered; {who[0]} anchors it, {who[1]} is paid",
-            log_id=log_key.log_id.hex(),
-            owner=owner,
-            submitter=who[0],
-            payee=who[1],
-        )
+    chain = _Sending(deployment, key)
+    owner = chain.account.address
+    who = [owner if one is None else parse_address(one, "address") for one in (submitter, payee)]
+    signature = registration_signature(chain.deployment, signer, log_key, owner, *who)
+    chain.send(chain.contracts.log.register_log(log_key, *who, signature))
+    chain.tell(
+        as_json,
+        f"log {log_key.log_id.hex()[:16]}… is registered; {who[0]} anchors it, {who[1]} is paid",
+        log_id=log_key.log_id.hex(),
+        owner=owner,
+        submitter=who[0],
+        payee=who[1],
+    )
 
 
 def set_submitter(
@@ -151,9 +151,9 @@ def set_submitter(
 ) -> None:
     """Say who anchors a log of yours from now on; the key is its owner's."""
     log, who = parse_hash(log_id, "LOG"), parse_address(submitter, "ADDRESS")
-    with _Sending(deployment, key) as chain:
-        chain.send(chain.contracts.log.set_submitter(log, who))
-        chain.tell(as_json, f"{who} anchors log {log.hex()[:16]}…", log_id=log.hex(), submitter=who)
+    chain = _Sending(deployment, key)
+    chain.send(chain.contracts.log.set_submitter(log, who))
+    chain.tell(as_json, f"{who} anchors log {log.hex()[:16]}…", log_id=log.hex(), submitter=who)
 
 
 def publish_parameters(
@@ -167,32 +167,24 @@ def publish_parameters(
     from .registration import read_json
 
     document = parse_parameters(read_json(file)).document
-    with _Sending(deployment, key) as chain:
-        chain.send(chain.contracts.registry.publish_parameters(document))
-        chain.tell(as_json, f"published: {document}", parameters=document)
+    chain = _Sending(deployment, key)
+    chain.send(chain.contracts.registry.publish_parameters(document))
+    chain.tell(as_json, f"published: {document}", parameters=document)
 
 
 class _Sending:
     """A checked chain and the account of a key file, for one command."""
 
     def __init__(self, deployment: Path | None, key: Path) -> None:
-        self._files = (deployment, key)
-        self.transactions: list[str] = []
-
-    def __enter__(self) -> _Sending:
         from .contracts import contracts_of
         from .deployment import Deployment
         from .signer import load_signer
 
-        file, key = self._files
-        self.deployment: Deployment = Deployment.load(deployment_file(file))
+        self.deployment: Deployment = Deployment.load(deployment_file(deployment))
         self.account: LocalAccount = load_signer(key, self.deployment.chain_id, self.deployment.rpc_url)
         self._web3: Web3 = self.deployment.connect()
         self.contracts: Contracts = contracts_of(self._web3, self.deployment)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+        self.transactions: list[str] = []
 
     def send(self, call: ContractFunction) -> None:
         from .transactions import send
