@@ -108,7 +108,7 @@ def test_of_several_keys_all_are_revoked_or_none(path: Path, ids: tuple[str, str
         store.add_key("bob")
         refused = keys(path, "revoke", *ids)
         assert (refused.returncode, refused.stdout) == (2, "")
-        assert "there is no key 99" in refused.stderr
+        assert "there is no key 99: nothing was revoked" in refused.stderr
         assert [record.revoked_at for record in store.records()] == [None, None]
         assert keys(path, "revoke", "1", "2").stdout == "key 1 of alice: revoked\nkey 2 of bob: revoked\n"
         assert None not in [record.revoked_at for record in store.records()]

@@ -136,7 +136,10 @@ class CallerStore:
             self._connection.executemany(
                 "UPDATE keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", [(now, key) for key in key_ids]
             )
-            return [self.get(key_id) for key_id in key_ids]
+            try:
+                return [self.get(key_id) for key_id in key_ids]
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{error.message}: nothing was revoked", field=error.field) from None
 
     def get(self, key_id: int) -> KeyRecord:
         """Raises InvalidArgument when there is no key with this id."""
