@@ -46,13 +46,13 @@ class HttpSource:
         self._parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
         self._origin = _origin(_url(self._parts.geturl()))
         self._patience, self._stall_seconds = limits.connect_seconds + limits.stall_seconds, limits.stall_seconds
-        self._loop = asyncio.new_event_loop()
         self._client = httpx.AsyncClient(
             auth=None if self._login else _netrc(),
             verify=trusted_certificates(),
             headers={"Accept-Encoding": "identity", "User-Agent": "openlora"},
             timeout=httpx.Timeout(limits.stall_seconds, connect=limits.connect_seconds),
         )
+        self._loop = asyncio.new_event_loop()
 
     def close(self) -> None:
         self._loop.run_until_complete(self._client.aclose())
