@@ -58,7 +58,7 @@ class Site:
     async def under_load(self) -> AsyncIterator[Load]:
         """A load that is well under way, and then some more: the moment is another one each time."""
         self.loads += 1
-        questions = mixed_questions(self.prompts, self.live.adapter_names, seed=self.loads, max_tokens=(20, 120))
+        questions = mixed_questions(self.prompts, self.live.adapter_names, seed=self.loads, max_tokens=(100, 400))
         limits = httpx.Limits(max_keepalive_connections=0)  # each request finds the server of the moment
         async with (
             httpx.AsyncClient(base_url=self.live.http_url, timeout=60, limits=limits) as http,
@@ -74,8 +74,9 @@ class Site:
     async def ready_again(self) -> None:
         await asyncio.to_thread(self.live.wait_ready)
 
-    def check_waiting(self, what: str, outcomes: list[Outcome], killed_at: float, ready_at: float = inf) -> None:
-        """Everybody was answered or told, those who waited at that moment before the server was ready again."""
+    def check_waiting(self, what: str, outcomes: list[Outcome], killed_at: float, ready_at: float = inf) -> int:
+        """Everybody was answered or told, those who waited at that moment before the server was ready again; how many
+        these were."""
         told = [outcome for outcome in outcomes if outcome.ended_at > killed_at and not outcome.delivered]
         for outcome in told:
             too_late = outcome.started_at > killed_at and TOO_LATE.search(outcome.error)
@@ -88,9 +89,9 @@ class Site:
         print(f"\n{what}: {waited} clients waited, the last was told after {worst:.3f} s")
         for word, count in words.most_common():
             print(f"  {count:4} × {word}")
-        assert waited, "nobody was waiting: this showed nothing"
         assert not [one for one in told if one.started_at < killed_at and one.ended_at > ready_at]
         assert all(outcome.delivered for outcome in outcomes if outcome.ended_at <= killed_at)
+        return waited
 
     async def check_service(self) -> None:
         """New requests work, for the base and every adapter."""
@@ -130,24 +131,26 @@ async def ask_either_way(http: httpx.AsyncClient, client: InferenceServerClient,
     return await (ask_over_http(http, question) if number % 2 and not question.stream else ask(client, question))
 
 
-async def kill_once(site: Site, part: str) -> None:
+async def kill_once(site: Site, part: str) -> int:
+    """How many clients waited: none, if what had passed the killed process was answered before its server was ended."""
     async with site.under_load() as load:
         victim = server_processes(site.live.launcher_pid)[part]
         os.kill(victim.pid, signal.SIGKILL)
         killed_at = time.monotonic()
-        await site.watch.until(lambda: not is_running(victim), 5, f"the end of {part}")
-        await site.watch.until(lambda: not site.live.readiness()["ready"], 5, "the word that it is not ready")
+        await site.watch.until(lambda: not is_running(victim), 30, f"the end of {part}")
+        await site.watch.until(lambda: not site.live.readiness()["ready"], 30, "the word that it is not ready")
         await site.ready_again()
         ready_at = time.monotonic()
         again = len(load.outcomes)
         await site.watch.until(
             lambda: sum(one.delivered for one in load.outcomes[again:]) >= CONCURRENCY, 60, "answers after the restart"
         )
-    site.check_waiting(f"kill -9 {part} (pid {victim.pid})", load.outcomes, killed_at, ready_at)
+    waited = site.check_waiting(f"kill -9 {part} (pid {victim.pid})", load.outcomes, killed_at, ready_at)
     print(f"  ready again after {ready_at - killed_at:.1f} s")
     assert server_processes(site.live.launcher_pid)[part].pid != victim.pid
     await site.check_service()
     await site.check_books()
+    return waited
 
 
 def is_running(process: psutil.Process) -> bool:
@@ -159,14 +162,17 @@ def is_running(process: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("part", VICTIMS)
 async def test_a_killed_process_comes_back(site: Site, part: str) -> None:
-    await kill_once(site, part)
+    for _ in range(5):
+        if await kill_once(site, part):
+            return
+    pytest.fail("nobody was waiting, five times: this showed nothing")
 
 
 async def test_a_killed_gateway_comes_back_and_nobody_else_notices(site: Site) -> None:
     async with site.under_load() as load:
         victim = server_processes(site.live.launcher_pid)["gateway"]
         os.kill(victim.pid, signal.SIGKILL)
-        await site.watch.until(lambda: not site.live.readiness()["ready"], 5, "the word that it is not ready")
+        await site.watch.until(lambda: not site.live.readiness()["ready"], 30, "the word that it is not ready")
         await site.ready_again()
     assert all(outcome.delivered for outcome in load.outcomes), {outcome.error for outcome in load.outcomes}
     assert server_processes(site.live.launcher_pid)["gateway"].pid != victim.pid
@@ -176,8 +182,7 @@ async def test_a_killed_gateway_comes_back_and_nobody_else_notices(site: Site) -
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", VICTIMS)
 async def test_a_process_killed_ten_times_comes_back(site: Site, part: str) -> None:
-    for _ in range(10):
-        await kill_once(site, part)
+    assert sum([await kill_once(site, part) for _ in range(10)]) > 0
     verify_all(site.live.state_dir)
 
 
@@ -221,7 +226,7 @@ async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> 
         killed_at = time.monotonic()
         site.live.process.wait(10)
         took = await asyncio.to_thread(wait_until_gone, site.live.state_dir, GONE_SECONDS)
-    site.check_waiting("kill -9 launcher", load.outcomes, killed_at)
+    assert site.check_waiting("kill -9 launcher", load.outcomes, killed_at) > 0
     print(f"  nothing was left after {took:.3f} s")
 
     journal = site.live.state_dir / "journal"
@@ -232,7 +237,7 @@ async def test_a_killed_launcher_leaves_nothing_and_starts_again(site: Site) -> 
     tail.write_bytes(whole + torn)
     killed = site.live.process
     starting = asyncio.create_task(asyncio.to_thread(site.live.start))
-    await site.watch.until(lambda: site.live.process is not killed, 5, "the new launcher")
+    await site.watch.until(lambda: site.live.process is not killed, 30, "the new launcher")
     await asyncio.sleep(site.draw.random() * 3)
     site.live.process.kill()
     with pytest.raises(RuntimeError, match="the server ended"):
@@ -255,7 +260,7 @@ async def test_a_stopped_server_leaves_nothing(site: Site) -> None:
         await asyncio.to_thread(site.live.stop)
         assert not (found := leftovers(site.live.state_dir)), found
         took = time.monotonic() - stopped_at
-    site.check_waiting("SIGTERM", load.outcomes, stopped_at)
+    assert site.check_waiting("SIGTERM", load.outcomes, stopped_at) > 0
     print(f"  stopped in {took:.1f} s")
     assert site.live.process.returncode == 0
     assert not site.watch.read().unfinished
