@@ -13,7 +13,9 @@ MAX_DEPTH = 32  # of lists and objects within each other
 MAX_FIELD_BYTES = 64 * 1024
 MAX_FIELD_DEPTH = 256  # schemas of answers are nested deeper than documents are
 
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # one without an end goes on to the end
+_AS_LISTS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def parse_strict(text: str | bytes, deepest: int = MAX_DEPTH) -> Any:
@@ -33,11 +35,11 @@ def refuse_depth(text: str, deepest: int = MAX_DEPTH) -> None:
     limit, and then it would end the process."""
     if text.count("[") + text.count("{") <= deepest:
         return
-    depth = 0
-    for found in _STRING_OR_BRACKET.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
-        if depth > deepest:
-            raise ValueError(f"nested deeper than {deepest} levels")
+    brackets = _STRING.sub(b"", text.encode(errors="replace")).translate(_AS_LISTS, _NO_BRACKET)
+    for _ in range(deepest):
+        brackets = brackets.replace(b"[]", b"")  # takes the innermost level away
+    if b"[]" in brackets or brackets.count(b"[") > deepest:
+        raise ValueError(f"nested deeper than {deepest} levels")
 
 
 def parse_field(text: str, field: str) -> Any:
