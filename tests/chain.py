@@ -33,6 +33,16 @@ class Devnet:
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
 
+    def __enter__(self) -> Devnet:
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def start(self) -> Devnet:
         self.port = self.port or free_ports(1)[0]
         self.state_dir.mkdir(parents=True, exist_ok=True)

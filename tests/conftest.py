@@ -92,8 +92,5 @@ def server(demo: Path, demo_adapters: list[str], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def devnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devnet]:
     """One chain for many tests: each registers models of its own."""
-    chain = Devnet(tmp_path_factory.mktemp("devnet"))
-    try:
-        yield chain.start()
-    finally:
-        chain.stop()
+    with Devnet(tmp_path_factory.mktemp("devnet")) as chain:
+        yield chain

@@ -21,8 +21,8 @@ from protocol_sampling import (
     answers_end_where_they_must,
     log_probabilities_are_the_models,
 )
-from protocol_world import MAX_MODEL_LEN, MAX_RANK, MIXES, PROMPT, SLOTS, World
-from tiny_models import VOCAB, digest_of, make_adapter, make_prompt, use
+from protocol_world import MAX_MODEL_LEN, MAX_RANK, PROMPT, SLOTS, World
+from tiny_models import MIXES, VOCAB, digest_of, make_adapter, make_prompt, use
 
 from openlora.engine.api import WEIGHT_ONE, AdapterUse
 from openlora.errors import InvalidArgument

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 from parity import Oracle
-from protocol_world import MAX_MODEL_LEN, MIXES, PROMPT, World
-from tiny_models import make_prompt
+from protocol_world import MAX_MODEL_LEN, PROMPT, World
+from tiny_models import MIXES, make_prompt
 
 
 def answers_end_where_they_must(world: World) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from engine_rig import Rig
 from safetensors.torch import load_file, save_file
-from tiny_models import make_adapter, make_model, make_prompt, projections, use
+from tiny_models import make_adapter, make_mixed_adapters, make_model, make_prompt, projections, use
 
 from openlora.engine.api import AdapterUse
 
@@ -35,15 +35,6 @@ REFUSES = {
     "tensorrt_llm-1.2-built": NONE_OF_TENSORRT_LLM,
 }
 PROMPT = make_prompt(1, 20)
-MIXES = (
-    (),
-    (("all", 1.0),),
-    (("some", 1.0),),
-    (("patterns", 1.0),),
-    (("all", -0.5),),
-    (("all", 0.6), ("some", 0.4)),
-    (("some", 1.25), ("all", -0.3), ("patterns", 0.000001)),
-)
 
 
 @dataclass
@@ -56,22 +47,7 @@ class Store:
 
     def __post_init__(self) -> None:
         self.model_dir = make_model(self.root / "model", head_dim=32)  # the smallest that vLLM computes on a CPU
-        names = projections("llama")
-        settings = {
-            "all": dict(r=4, lora_alpha=6, target_modules=names),
-            "some": dict(r=9, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "down_proj"]),
-            "patterns": dict(
-                r=2,
-                lora_alpha=4,
-                target_modules=names,
-                rank_pattern={"down_proj": 5, r"layers\.1\.self_attn\..*": 3},
-                alpha_pattern={"o_proj": 1, "layers.2.mlp.down_proj": 9},
-            ),
-        }
-        self.adapters = {
-            name: make_adapter(self.model_dir, self.root / name, seed, **setting)
-            for seed, (name, setting) in enumerate(settings.items(), start=1)
-        }
+        self.adapters = make_mixed_adapters(self.model_dir, self.root, projections("llama"))
 
     def more(self, count: int) -> list[str]:
         """Small adapters of different ranks."""

@@ -374,3 +374,12 @@ class Market:
     def serve(self, **options: Any) -> int:
         """A receipt with both adapters, at weights of 0.7 and −0.3."""
         return self.log.serve(self.base, (self.french, 700_000), (self.legal, -300_000), **options)
+
+
+def anchored_market() -> Market:
+    """One with six receipts, all of them anchored."""
+    made = Market()
+    for _ in range(6):
+        made.serve()
+    made.log.anchor()
+    return made

@@ -60,11 +60,8 @@ print(len(view.models), refused)
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devnet]:
     """Of this file's own: what is written on it stays for all who read it."""
-    devnet = Devnet(tmp_path_factory.mktemp("devnet"))
-    try:
-        yield devnet.start()
-    finally:
-        devnet.stop()
+    with Devnet(tmp_path_factory.mktemp("devnet")) as devnet:
+        yield devnet
 
 
 def call(chain: Devnet, role: str, signature: str, *values: Any) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
-from documents import PAGES, ROOT, blocks, named, table
+from documents import PAGES, ROOT, blocks, models_in, named, table
 from pydantic import BaseModel
 
 from openlora.attribution.blobs import model_terms
@@ -15,19 +15,12 @@ from openlora.strict_json import parse_strict
 PAGE = ROOT / "docs" / "card.md"
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
-
-
 def fields_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Every field as JSON names it, those within it after a dot, and whether it has to be given."""
     for name, field in kind.model_fields.items():
         path = prefix + (field.alias or name)
         yield path, field.is_required()
-        for part in _models_in(field.annotation):
+        for part in models_in(field.annotation):
             yield from fields_of(part, f"{path}.")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from documents import ROOT, blocks, named, page, table
+from documents import ROOT, blocks, models_in, named, page, table
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -18,13 +18,6 @@ from openlora.errors import OpenLoRAError
 
 NONE = "–"
 REQUIRED = "required"
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
 
 
 def settings_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -37,7 +30,7 @@ def settings_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
         section = isinstance(field.default, BaseModel)
         if not section:
             yield path, REQUIRED if field.default is PydanticUndefined else field.default
-        for part in _models_in(field.annotation):
+        for part in models_in(field.annotation):
             if part is not AccessRule:  # the card's page has it
                 yield from settings_of(part, f"{path}." if section else f"{path}.NAME.")
 

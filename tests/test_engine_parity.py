@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 from parity import Case, Oracle, assert_equal
-from tiny_models import FAMILIES, Engine, make_adapter, make_model, make_prompt, projections, use
+from tiny_models import (
+    FAMILIES,
+    MIXES,
+    Engine,
+    make_mixed_adapters,
+    make_model,
+    make_prompt,
+    projections,
+    use,
+)
 
-MIXES = [
-    (),
-    (("all", 1.0),),
-    (("some", 1.0),),
-    (("patterns", 1.0),),
-    (("all", -0.5),),
-    (("all", 0.6), ("some", 0.4)),
-    (("some", 1.25), ("all", -0.3), ("patterns", 0.000001)),
-]
 LENGTHS = (5, 17, 40, 61)
 MAX_TOKENS = 14
 
@@ -24,23 +24,7 @@ def family(request, tmp_path_factory):
     """(family, model directory, adapter directories) with different ranks, rsLoRA, patterns and partial targets."""
     directory = tmp_path_factory.mktemp(request.param)
     model_dir = make_model(directory / "model", request.param)
-    names = projections(request.param)
-    adapters = {
-        "all": make_adapter(model_dir, directory / "all", 1, r=4, lora_alpha=6, target_modules=names),
-        "some": make_adapter(
-            model_dir, directory / "some", 2, r=9, lora_alpha=3, use_rslora=True, target_modules=[names[0], "down_proj"]
-        ),
-        "patterns": make_adapter(
-            model_dir,
-            directory / "patterns",
-            3,
-            r=2,
-            lora_alpha=4,
-            target_modules=names,
-            rank_pattern={"down_proj": 5, r"layers\.1\.self_attn\..*": 3},
-            alpha_pattern={"o_proj": 1, "layers.2.mlp.down_proj": 9},
-        ),
-    }
+    adapters = make_mixed_adapters(model_dir, directory, projections(request.param))
     return request.param, model_dir, adapters
 
 

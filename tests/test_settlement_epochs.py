@@ -10,7 +10,19 @@ import pytest
 from eth_account import Account
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from settlement_cases import BASE, BASE_OWNER, DISTRIBUTOR, FRENCH, FRENCH_OWNER, CaseLog, Chain, Market, key_of, model
+from settlement_cases import (
+    BASE,
+    BASE_OWNER,
+    DISTRIBUTOR,
+    FRENCH,
+    FRENCH_OWNER,
+    CaseLog,
+    Chain,
+    Market,
+    anchored_market,
+    key_of,
+    model,
+)
 
 from openlora.attribution.export import LogExport
 from openlora.attribution.settlement.attestation import Attestation, ascending, attest, attestation_digest
@@ -44,11 +56,7 @@ def settle(chain: Chain, logs: list[CaseLog], cap: int = NO_CAP) -> Proposal | N
 
 @pytest.fixture
 def market() -> Market:
-    made = Market()
-    for _ in range(6):
-        made.serve()
-    made.log.anchor()
-    return made
+    return anchored_market()
 
 
 prices = st.one_of(st.integers(1, 10), st.integers(0, 10**30), st.sampled_from([1, 10**30, 10**18, 999_999, 1_000_001]))

@@ -107,11 +107,8 @@ class Network:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devnet]:
-    devnet = Devnet(tmp_path_factory.mktemp("devnet"))
-    try:
-        yield devnet.start()
-    finally:
-        devnet.stop()
+    with Devnet(tmp_path_factory.mktemp("devnet")) as devnet:
+        yield devnet
 
 
 @pytest.fixture(scope="module")

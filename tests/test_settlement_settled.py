@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from second_settlement import Export, check_settled, next_allocations, settle_log
-from settlement_cases import CaseLog, Market, second_view
+from settlement_cases import CaseLog, Market, anchored_market, second_view
 
 from openlora.attribution.settlement.books import Books, keep_prefixes, open_books
 from openlora.attribution.settlement.chain_state import Proposal
@@ -22,11 +22,7 @@ PRICE = 109  # of Market's receipts
 
 @pytest.fixture
 def market() -> Market:
-    made = Market()
-    for _ in range(6):
-        made.serve()
-    made.log.anchor()
-    return made
+    return anchored_market()
 
 
 def open_market(market: Market) -> Books:

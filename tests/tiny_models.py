@@ -52,6 +52,15 @@ _SHAPE: dict[str, Any] = {
 _LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")
+MIXES = (
+    (),
+    (("all", 1.0),),
+    (("some", 1.0),),
+    (("patterns", 1.0),),
+    (("all", -0.5),),
+    (("all", 0.6), ("some", 0.4)),
+    (("some", 1.25), ("all", -0.3), ("patterns", 0.000001)),
+)
 
 
 def config_of(family: str) -> PreTrainedConfig:
@@ -111,6 +120,25 @@ def make_adapter(model_dir: str, directory: Path, seed: int, std: float = 0.3, *
                 parameter.normal_(std=std)
     adapted.save_pretrained(directory)
     return str(directory)
+
+
+def make_mixed_adapters(model_dir: str, directory: Path, names: list[str]) -> dict[str, str]:
+    """Those of `MIXES`, below `directory`: different ranks, rsLoRA, patterns, partial targets among the projections."""
+    settings: dict[str, dict[str, Any]] = {
+        "all": dict(r=4, lora_alpha=6, target_modules=names),
+        "some": dict(r=9, lora_alpha=3, use_rslora=True, target_modules=[names[0], "down_proj"]),
+        "patterns": dict(
+            r=2,
+            lora_alpha=4,
+            target_modules=names,
+            rank_pattern={"down_proj": 5, r"layers\.1\.self_attn\..*": 3},
+            alpha_pattern={"o_proj": 1, "layers.2.mlp.down_proj": 9},
+        ),
+    }
+    return {
+        name: make_adapter(model_dir, directory / name, seed, **setting)
+        for seed, (name, setting) in enumerate(settings.items(), start=1)
+    }
 
 
 def projections(family: str) -> list[str]:
